@@ -1,0 +1,172 @@
+//! How the values of one tensor become bytes, independent of the container they lie in.
+
+pub mod dense;
+pub mod ggml;
+pub mod sparse24;
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{DType, FormatError, GgmlType, Result};
+
+/// How a tensor's values are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "encoding", rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Encoding {
+    /// Every element in row-major order.
+    Dense {
+        /// Element type.
+        dtype: DType,
+    },
+    /// 2:4 sparse: two kept values and two 2-bit positions per group of four columns
+    /// (see [`sparse24`]).
+    Sparse24 {
+        /// Element type of the kept values (a 16-bit or 32-bit float type).
+        dtype: DType,
+    },
+    /// ggml quant blocks along each row.
+    Ggml {
+        /// Block type.
+        #[serde(rename = "type")]
+        ty: GgmlType,
+    },
+}
+
+/// One stored piece of an encoded tensor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Component {
+    /// Appended to the tensor's name, e.g. `.values`; empty for a dense tensor.
+    pub suffix: &'static str,
+    /// Element type in the container.
+    pub dtype: DType,
+    /// Shape in the container.
+    pub shape: Vec<usize>,
+    /// Bytes.
+    pub bytes: u64,
+}
+
+impl Encoding {
+    /// The pieces a tensor of `shape` is stored as, in order.
+    ///
+    /// # Errors
+    /// [`FormatError::Encoding`] when the encoding cannot hold that shape (2:4 needs a matrix whose
+    /// columns divide by four; ggml blocks need rows of whole blocks), or its size overflows.
+    pub fn components(self, name: &str, shape: &[usize]) -> Result<Vec<Component>> {
+        match self {
+            Self::Dense { dtype } => Ok(vec![Component {
+                suffix: "",
+                dtype,
+                shape: shape.to_vec(),
+                bytes: dense::size_bytes(dtype, shape).ok_or_else(|| FormatError::Encoding {
+                    name: name.to_owned(),
+                    what: format!("the size of shape {shape:?} overflows"),
+                })?,
+            }]),
+            Self::Sparse24 { dtype } => sparse24::components(name, dtype, shape),
+            Self::Ggml { ty } => Ok(vec![Component {
+                suffix: "",
+                dtype: DType::U8,
+                shape: shape.to_vec(),
+                bytes: ggml::size_bytes(name, ty, shape)?,
+            }]),
+        }
+    }
+
+    /// Element type of the decoded values: what the encoding stores without loss.
+    pub fn value_dtype(self) -> DType {
+        match self {
+            Self::Dense { dtype } | Self::Sparse24 { dtype } => dtype,
+            Self::Ggml { ty: GgmlType::F16 } => DType::F16,
+            Self::Ggml { ty: GgmlType::BF16 } => DType::Bf16,
+            Self::Ggml { .. } => DType::F32,
+        }
+    }
+
+    /// Decodes rows `rows` of a tensor of `shape` from its components to f32, row-major, into `out`.
+    ///
+    /// `parts` are the components in [`Self::components`] order, whole. A tensor of rank 1 is one row;
+    /// of rank 3 and more, the leading dimensions are flattened into rows.
+    ///
+    /// # Errors
+    /// [`FormatError::Encoding`] when the parts do not have the declared lengths, `out` is not
+    /// `rows × columns` long, the element type is not a float, or metadata is not legal.
+    pub fn decode_f32(
+        self,
+        name: &str,
+        shape: &[usize],
+        parts: &[&[u8]],
+        rows: std::ops::Range<usize>,
+        out: &mut [f32],
+    ) -> Result<()> {
+        let matrix = MatrixShape::of(shape);
+        self.check_parts(name, shape, parts)?;
+        if rows.end > matrix.rows || rows.start > rows.end || out.len() != rows.len() * matrix.cols {
+            return Err(FormatError::Encoding {
+                name: name.to_owned(),
+                what: format!(
+                    "rows {rows:?} of {} × {} asked for into a buffer of {} values",
+                    matrix.rows,
+                    matrix.cols,
+                    out.len()
+                ),
+            });
+        }
+        match self {
+            Self::Dense { dtype } => dense::decode_f32(name, dtype, matrix, parts[0], rows, out),
+            Self::Sparse24 { dtype } => {
+                sparse24::decode_f32(name, dtype, matrix, parts[0], parts[1], rows, out)
+            }
+            Self::Ggml { ty } => ggml::decode_f32(ty, matrix, parts[0], rows, out),
+        }
+    }
+
+    fn check_parts(self, name: &str, shape: &[usize], parts: &[&[u8]]) -> Result<()> {
+        let components = self.components(name, shape)?;
+        if parts.len() != components.len() {
+            return Err(FormatError::Encoding {
+                name: name.to_owned(),
+                what: format!("expected {} components, found {}", components.len(), parts.len()),
+            });
+        }
+        for (component, part) in components.iter().zip(parts) {
+            if component.bytes != part.len() as u64 {
+                return Err(FormatError::Encoding {
+                    name: format!("{name}{}", component.suffix),
+                    what: format!("expected {} bytes, found {}", component.bytes, part.len()),
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Encoding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Dense { dtype } => write!(f, "{dtype}"),
+            Self::Sparse24 { dtype } => write!(f, "2:4 {dtype}"),
+            Self::Ggml { ty } => write!(f, "{ty}"),
+        }
+    }
+}
+
+/// A tensor seen as rows of equal length.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MatrixShape {
+    /// Product of all dimensions but the last.
+    pub rows: usize,
+    /// The last dimension (1 for a scalar).
+    pub cols: usize,
+}
+
+impl MatrixShape {
+    /// `[.., rows, cols]` flattened to rank 2; a vector is one row.
+    pub fn of(shape: &[usize]) -> Self {
+        match shape {
+            [] => Self { rows: 1, cols: 1 },
+            [leading @ .., cols] => Self { rows: leading.iter().product(), cols: *cols },
+        }
+    }
+}

@@ -1,0 +1,30 @@
+//! Checkpoint containers and tensor encodings.
+//!
+//! This crate knows how bits lie: which bytes of which file hold a tensor, and what they
+//! decode to. It knows nothing about transformers, solvers or command lines.
+//!
+//! * [`open`] maps a checkpoint (a safetensors file, a directory of them, or a GGUF file),
+//!   recognised by content, and returns a [`CheckpointReader`].
+//! * [`SafetensorsWriter`] writes one: every header is laid out before the first data byte,
+//!   data streams forward into `*.part` files, and [`SafetensorsWriter::finish`] renames them.
+//! * [`Encoding`] says how one tensor's values become bytes.
+
+mod digest;
+mod dtype;
+mod error;
+mod file;
+mod reader;
+mod tensor;
+
+pub mod encoding;
+pub mod gguf;
+pub mod safetensors;
+
+pub use digest::{Digest, HashingWriter};
+pub use dtype::{DType, GgmlType};
+pub use encoding::{Component, Encoding};
+pub use error::{FormatError, Result};
+pub use file::OutputFile;
+pub use reader::{CheckpointReader, MappedFile, ModelMetadata, open};
+pub use safetensors::writer::{SafetensorsWriter, ShardLayout, WrittenFile};
+pub use tensor::{TensorIndex, TensorInfo};
