@@ -1,1 +1,3 @@
-//! sparsepack
+//! Streaming converter and packer for LLM checkpoints.
+
+pub mod backend;

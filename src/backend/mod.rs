@@ -1,0 +1,76 @@
+//! What a device must be able to do, and the one place that names concrete backends.
+//!
+//! Everything is a row-major matrix: activations are `[tokens, features]`, weights are
+//! `[out_features, in_features]`. Sequence boundaries travel beside a matrix as [`SequenceLens`].
+//! The forward pass and the solvers are written once against these traits; [`dispatch`] chooses
+//! the backend at run time.
+
+mod block_ops;
+mod error;
+mod solve_ops;
+mod stat_ops;
+mod storage;
+
+pub mod cpu;
+
+pub use block_ops::{Activation, AttentionShape, BlockOps, RopeTables, SequenceLens};
+pub use error::{BackendError, Result};
+pub use solve_ops::{Selection, SolveOps, SweepRule};
+pub use stat_ops::StatOps;
+pub use storage::{HostData, HostMatrix, Storage};
+
+/// Everything a conversion needs from a device.
+pub trait Backend: BlockOps + StatOps + SolveOps {}
+impl<T: BlockOps + StatOps + SolveOps> Backend for T {}
+
+/// Arithmetic of matrix products.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Precision {
+    /// bf16 × bf16 products with f32 sums where the device has such instructions, else f32.
+    #[default]
+    Auto,
+    /// f32 products throughout.
+    F32,
+    /// bf16 × bf16 products with f32 sums; an error where the device has no such instructions.
+    Bf16,
+}
+
+/// Which device does the arithmetic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Device {
+    /// The CPU.
+    #[default]
+    Cpu,
+}
+
+/// How to set the device up.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct DeviceOptions {
+    /// Which device.
+    pub device: Device,
+    /// Arithmetic of matrix products.
+    pub precision: Precision,
+    /// Threads on the CPU; all cores when `None`.
+    pub threads: Option<usize>,
+}
+
+/// Work that runs on whichever backend was chosen.
+pub trait BackendJob {
+    /// What the work produces.
+    type Output: Send;
+    /// Runs the work on `backend`.
+    fn run<B: Backend>(self, backend: &B) -> Self::Output;
+}
+
+/// Runs `job` on the chosen device: the only function that names concrete backends.
+///
+/// # Errors
+/// [`BackendError`] when the device cannot be set up as asked.
+pub fn dispatch<J: BackendJob + Send>(options: DeviceOptions, job: J) -> Result<J::Output> {
+    match options.device {
+        Device::Cpu => {
+            let backend = cpu::Cpu::new(options.precision, options.threads)?;
+            Ok(backend.scope(|| job.run(&backend)))
+        }
+    }
+}

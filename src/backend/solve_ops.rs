@@ -1,0 +1,127 @@
+//! Operations of the layer solvers.
+
+use std::ops::Range;
+
+use super::{Result, Storage};
+
+/// Which scores are the lowest: the unit within which weights compete.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Selection {
+    /// `zeros` weights of the whole matrix.
+    Tensor {
+        /// How many to zero.
+        zeros: usize,
+    },
+    /// `zeros` weights of every row.
+    Row {
+        /// How many to zero in each row.
+        zeros: usize,
+    },
+    /// `zeros` weights of every group of `m` consecutive columns.
+    Group {
+        /// How many to zero in each group.
+        zeros: usize,
+        /// Columns of a group; divides the number of columns.
+        m: usize,
+    },
+}
+
+/// How one column block of the OBS sweep decides which weights become zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SweepRule {
+    /// Exactly `zeros` weights of the column block (all rows together), chosen before the sweep by
+    /// the lowest `w² / u_jj²`.
+    Lowest {
+        /// How many to zero.
+        zeros: usize,
+    },
+    /// `zeros` of every group of `m` columns in every row, chosen when the sweep reaches the group.
+    Group {
+        /// How many to zero in each group.
+        zeros: usize,
+        /// Columns of a group; divides the width of the column block.
+        m: usize,
+    },
+}
+
+/// Linear algebra and selection for pruning.
+pub trait SolveOps: Storage {
+    /// The diagonal of a square matrix.
+    ///
+    /// # Errors
+    /// Device failure.
+    fn diagonal(&self, h: &Self::Matrix) -> Result<Vec<f32>>;
+
+    /// Sets entries of the diagonal: `(index, value)`.
+    ///
+    /// # Errors
+    /// Index out of range; device failure.
+    fn set_diagonal(&self, h: &mut Self::Matrix, entries: &[(usize, f32)]) -> Result<()>;
+
+    /// The upper triangular `U` with `UᵀU = (H + damp·I)⁻¹`, as SparseGPT and GPTQ use it; `H` is
+    /// given by its lower triangle. Factorised in f64, returned in f32 with zeros below the
+    /// diagonal.
+    ///
+    /// # Errors
+    /// [`NotPositiveDefinite`](super::BackendError::NotPositiveDefinite); device failure.
+    fn inverse_factor_upper(&self, h: &Self::Matrix, damp: f64) -> Result<Self::Matrix>;
+
+    /// Zeroes columns of `w`.
+    ///
+    /// # Errors
+    /// Index out of range; device failure.
+    fn zero_columns(&self, w: &mut Self::Matrix, columns: &[usize]) -> Result<()>;
+
+    /// Zeroes the weights with the lowest `|w| · scale[column]` (`scale` is `[1, cols]`, or all
+    /// ones). Ties go to the lower index, so the count is exact and the result reproducible.
+    ///
+    /// # Errors
+    /// Shapes that do not fit; device failure.
+    fn zero_lowest(
+        &self,
+        w: &mut Self::Matrix,
+        scale: Option<&Self::Matrix>,
+        selection: Selection,
+    ) -> Result<()>;
+
+    /// One column block of SparseGPT's Algorithm 1 (lines 7 to 13): in columns `columns` of `w`,
+    /// zeroes weights by `rule` and moves each column's error onto the columns to its right inside
+    /// the block. Returns the errors `[rows, columns.len()]`, `err = (w − q) / u_jj`.
+    ///
+    /// # Shapes
+    /// `w: [rows, cols]` f32 row-major, `u: [cols, cols]` upper triangular.
+    ///
+    /// # Errors
+    /// Shapes that do not fit; device failure.
+    fn obs_sweep(
+        &self,
+        w: &mut Self::Matrix,
+        u: &Self::Matrix,
+        columns: Range<usize>,
+        rule: SweepRule,
+    ) -> Result<Self::Matrix>;
+
+    /// The lazy update after a column block: `w[:, end..] −= err · u[columns, end..]`.
+    ///
+    /// # Errors
+    /// Shapes that do not fit; device failure.
+    fn trailing_update(
+        &self,
+        w: &mut Self::Matrix,
+        err: &Self::Matrix,
+        u: &Self::Matrix,
+        columns: Range<usize>,
+    ) -> Result<()>;
+
+    /// `Σ_r w_r H w_rᵀ` of the matrix `a − b` (or of `a` alone), with `H` given by its lower
+    /// triangle, in f64: the squared output norm over the calibration tokens.
+    ///
+    /// # Errors
+    /// Shapes that do not fit; device failure.
+    fn quadratic_form(
+        &self,
+        a: &Self::Matrix,
+        b: Option<&Self::Matrix>,
+        h: &Self::Matrix,
+    ) -> Result<f64>;
+}

@@ -1,0 +1,30 @@
+//! Statistics of activations that the solvers need.
+
+use super::{Result, Storage};
+
+/// Accumulation of activation statistics.
+pub trait StatOps: Storage {
+    /// Lower triangle of `h += scale · xᵀx`; the strict upper triangle of `h` stays unspecified.
+    ///
+    /// # Shapes
+    /// `h: [features, features]` f32, `x: [tokens, features]`.
+    ///
+    /// # Errors
+    /// Shapes that do not fit; device failure.
+    fn gram_accumulate(&self, h: &mut Self::Matrix, x: &Self::Matrix, scale: f32) -> Result<()>;
+
+    /// `sums[j] += Σ_t x[t, j]²`, sums of a call in f32 or better.
+    ///
+    /// # Shapes
+    /// `sums: [1, features]` f32, `x: [tokens, features]`.
+    ///
+    /// # Errors
+    /// Shapes that do not fit; device failure.
+    fn column_sq_norm(&self, sums: &mut Self::Matrix, x: &Self::Matrix) -> Result<()>;
+
+    /// Rows of `x` that hold a NaN or an infinity.
+    ///
+    /// # Errors
+    /// Device failure.
+    fn count_non_finite_rows(&self, x: &Self::Matrix) -> Result<usize>;
+}

@@ -1,0 +1,86 @@
+//! Matrices on a device and their copies on the host.
+
+use std::fmt::Debug;
+
+use half::bf16;
+
+use super::Result;
+
+/// Values of a host matrix.
+#[derive(Debug, Clone, PartialEq)]
+pub enum HostData {
+    /// Single precision.
+    F32(Vec<f32>),
+    /// bfloat16: activations that only feed bf16 products.
+    Bf16(Vec<bf16>),
+}
+
+/// A row-major matrix in host memory.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HostMatrix {
+    /// Rows.
+    pub rows: usize,
+    /// Columns.
+    pub cols: usize,
+    /// `rows × cols` values.
+    pub data: HostData,
+}
+
+/// Memory of a device.
+pub trait Storage: Sized + Send + Sync {
+    /// A row-major matrix on the device. Its element type is the backend's business: f32, or bf16
+    /// for activations that only feed matrix products.
+    type Matrix: Debug + Send + Sync;
+    /// One or several stacked weights `[out, in]`, laid out for
+    /// [`BlockOps::linear`](super::BlockOps::linear).
+    type Weight: Debug + Send + Sync;
+
+    /// Device and arithmetic in words, for logs and manifests.
+    fn describe(&self) -> String;
+
+    /// Copies `rows × cols` values to the device.
+    ///
+    /// # Errors
+    /// Wrong length; out of device memory.
+    fn upload(&self, data: &[f32], rows: usize, cols: usize) -> Result<Self::Matrix>;
+
+    /// The values as f32.
+    ///
+    /// # Errors
+    /// Device failure.
+    fn download(&self, matrix: &Self::Matrix) -> Result<Vec<f32>>;
+
+    /// A matrix of zeros (f32).
+    ///
+    /// # Errors
+    /// Out of device memory.
+    fn zeros(&self, rows: usize, cols: usize) -> Result<Self::Matrix>;
+
+    /// A copy of a matrix.
+    ///
+    /// # Errors
+    /// Out of device memory.
+    fn duplicate(&self, matrix: &Self::Matrix) -> Result<Self::Matrix>;
+
+    /// `(rows, cols)`.
+    fn shape(&self, matrix: &Self::Matrix) -> (usize, usize);
+
+    /// Moves a matrix to host memory with its element type unchanged.
+    ///
+    /// # Errors
+    /// Device failure.
+    fn into_host(&self, matrix: Self::Matrix) -> Result<HostMatrix>;
+
+    /// Moves a matrix from host memory to the device with its element type unchanged.
+    ///
+    /// # Errors
+    /// Out of device memory.
+    fn from_host(&self, matrix: HostMatrix) -> Result<Self::Matrix>;
+
+    /// Measured throughput of a large matrix product in the backend's arithmetic, FLOP/s: the
+    /// ceiling that phase rates are compared with.
+    ///
+    /// # Errors
+    /// Device failure.
+    fn measure_gemm_ceiling(&self) -> Result<f64>;
+}
