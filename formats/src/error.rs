@@ -21,7 +21,9 @@ pub enum FormatError {
         source: std::io::Error,
     },
     /// Nothing in the path looks like a checkpoint.
-    #[error("{path}: not a checkpoint ({found}); expected a GGUF file, a safetensors file, or a directory with config.json and model.safetensors or model.safetensors.index.json")]
+    #[error(
+        "{path}: not a checkpoint ({found}); expected a GGUF file, a safetensors file, or a directory with config.json and model.safetensors or model.safetensors.index.json"
+    )]
     UnknownFormat {
         /// The file or directory.
         path: PathBuf,

@@ -102,7 +102,8 @@ impl Encoding {
     ) -> Result<()> {
         let matrix = MatrixShape::of(shape);
         self.check_parts(name, shape, parts)?;
-        if rows.end > matrix.rows || rows.start > rows.end || out.len() != rows.len() * matrix.cols {
+        if rows.end > matrix.rows || rows.start > rows.end || out.len() != rows.len() * matrix.cols
+        {
             return Err(FormatError::Encoding {
                 name: name.to_owned(),
                 what: format!(
@@ -119,6 +120,44 @@ impl Encoding {
                 sparse24::decode_f32(name, dtype, matrix, parts[0], parts[1], rows, out)
             }
             Self::Ggml { ty } => ggml::decode_f32(ty, matrix, parts[0], rows, out),
+        }
+    }
+
+    /// Appends rows `rows` to `out` as little-endian bytes of [`Self::value_dtype`].
+    ///
+    /// Dense and 2:4 tensors come out bit for bit; ggml blocks come out as their decoded values.
+    ///
+    /// # Errors
+    /// As [`Self::decode_f32`], but every dense element type is accepted. `out` is then as it was.
+    pub fn decode_dense(
+        self,
+        name: &str,
+        shape: &[usize],
+        parts: &[&[u8]],
+        rows: std::ops::Range<usize>,
+        out: &mut Vec<u8>,
+    ) -> Result<()> {
+        let matrix = MatrixShape::of(shape);
+        self.check_parts(name, shape, parts)?;
+        if rows.end > matrix.rows || rows.start > rows.end {
+            return Err(FormatError::Encoding {
+                name: name.to_owned(),
+                what: format!("rows {rows:?} of {} asked for", matrix.rows),
+            });
+        }
+        match self {
+            Self::Dense { dtype } => {
+                out.extend_from_slice(dense::row_bytes(dtype, matrix, parts[0], rows));
+                Ok(())
+            }
+            Self::Sparse24 { dtype } => {
+                sparse24::decode(name, dtype, matrix, parts[0], parts[1], rows, out)
+            }
+            Self::Ggml { ty } => {
+                let mut values = vec![0.0; rows.len() * matrix.cols];
+                ggml::decode_f32(ty, matrix, parts[0], rows, &mut values)?;
+                dense::encode_f32(name, self.value_dtype(), &values, out)
+            }
         }
     }
 

@@ -1,6 +1,9 @@
 //! Header-first streaming writer.
 
-use std::{collections::BTreeMap, path::{Path, PathBuf}};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use crate::{Digest, Encoding, Result};
 

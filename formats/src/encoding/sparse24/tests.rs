@@ -1,0 +1,190 @@
+use half::bf16;
+use proptest::prelude::*;
+
+use super::*;
+
+const SHAPE: MatrixShape = MatrixShape { rows: 2, cols: 8 };
+
+/// The example of docs/FORMATS.md.
+fn example() -> Vec<u8> {
+    [1., 0., 0., 2., 0., -3., 4., 0., 0., 0., 5., 6., 7., 0., 0., 0.]
+        .iter()
+        .flat_map(|&value| bf16::from_f32(value).to_le_bytes())
+        .collect()
+}
+
+fn pack(dtype: DType, matrix: MatrixShape, dense: &[u8]) -> Result<(Vec<u8>, Vec<u8>)> {
+    let (mut values, mut metadata) = (vec![], vec![]);
+    encode("w", dtype, matrix, dense, &mut values, &mut metadata)?;
+    Ok((values, metadata))
+}
+
+#[test]
+fn example_has_the_documented_bytes() {
+    let (values, metadata) = pack(DType::Bf16, SHAPE, &example()).unwrap();
+    assert_eq!(metadata, [0x9C, 0x8E]);
+    let expected = [1., 2., -3., 4., 5., 6., 7., 0.].map(|v: f32| bf16::from_f32(v).to_le_bytes());
+    assert_eq!(values, expected.concat());
+    let mut out = vec![];
+    decode("w", DType::Bf16, SHAPE, &values, &metadata, 1..2, &mut out).unwrap();
+    assert_eq!(out, example()[16..]);
+    let mut floats = [9.0; 8];
+    decode_f32("w", DType::Bf16, SHAPE, &values, &metadata, 0..1, &mut floats).unwrap();
+    assert_eq!(floats, [1., 0., 0., 2., 0., -3., 4., 0.]);
+}
+
+#[test]
+fn fillers_follow_the_cutlass_table() {
+    // Flags of columns 0 1 2 3 and the nibble: research on PyTorch's conversion function.
+    let table = [
+        ("1100", 0x4),
+        ("1010", 0x8),
+        ("1001", 0xC),
+        ("0110", 0x9),
+        ("0101", 0xD),
+        ("0011", 0xE),
+        ("0000", 0xE),
+        ("1000", 0x8),
+        ("0100", 0x9),
+        ("0010", 0xE),
+        ("0001", 0xE),
+    ];
+    for (flags, nibble) in table {
+        for dtype in [DType::F16, DType::F32] {
+            let dense: Vec<u8> = flags
+                .bytes()
+                .flat_map(|flag| {
+                    let mut element = vec![0; dtype.size_bytes()];
+                    element[0] = flag - b'0';
+                    element
+                })
+                .collect();
+            let matrix = MatrixShape { rows: 1, cols: 4 };
+            let (_, metadata) = pack(dtype, matrix, &dense).unwrap();
+            assert_eq!(metadata, [nibble | PAD << 4], "{flags} {dtype}");
+        }
+    }
+}
+
+#[test]
+fn three_values_in_a_group_are_refused_and_named() {
+    let mut dense = example();
+    dense[2 * 14] = 1;
+    dense[2 * 13 + 1] = 0x80;
+    let (mut values, mut metadata) = (vec![1], vec![2]);
+    let error = encode("w", DType::Bf16, SHAPE, &dense, &mut values, &mut metadata).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "tensor `w`: row 1, columns 4 to 7: 3 values are not +0.0; 2:4 holds two"
+    );
+    assert_eq!((values, metadata), (vec![1], vec![2]));
+}
+
+#[test]
+fn illegal_metadata_is_refused_and_named() {
+    let (values, mut metadata) = pack(DType::Bf16, SHAPE, &example()).unwrap();
+    for nibble in [0x0, 0x1, 0x2, 0x3, 0x5, 0x6, 0x7, 0xA, 0xB, 0xF] {
+        metadata[1] = 0xE | nibble << 4;
+        let mut out = vec![3];
+        let error =
+            decode("w", DType::Bf16, SHAPE, &values, &metadata, 0..2, &mut out).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            format!(
+                "tensor `w.metadata`: row 1, columns 4 to 7: metadata nibble {nibble:#x} is not legal; expected 0x4, 0x8, 0x9, 0xc, 0xd or 0xe"
+            )
+        );
+        assert_eq!(out, [3]);
+    }
+    let matrix = MatrixShape { rows: 1, cols: 4 };
+    let error = decode("w", DType::F16, matrix, &[0; 4], &[0x4E], 0..1, &mut vec![]).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "tensor `w.metadata`: row 0: the unused metadata nibble is 0x4, expected 0xe"
+    );
+}
+
+#[test]
+fn shapes_that_do_not_fit_are_refused() {
+    let message = |dtype, shape: &[usize]| components("w", dtype, shape).unwrap_err().to_string();
+    assert_eq!(
+        message(DType::F16, &[2, 6]),
+        "tensor `w`: 2:4 needs a multiple of 4 columns, found 6"
+    );
+    assert_eq!(message(DType::F16, &[8]), "tensor `w`: 2:4 needs a matrix, found shape [8]");
+    assert_eq!(
+        message(DType::I8, &[2, 8]),
+        "tensor `w`: 2:4 values of type I8; expected F32, F16 or BF16"
+    );
+    assert!(message(DType::F16, &[usize::MAX, 8]).ends_with("overflows"));
+    let error = pack(DType::F16, SHAPE, &[0; 30]).unwrap_err();
+    assert_eq!(error.to_string(), "tensor `w`: dense has length 30, expected 32");
+}
+
+#[test]
+fn empty_matrices_pack_to_nothing() {
+    for matrix in [MatrixShape { rows: 0, cols: 8 }, MatrixShape { rows: 3, cols: 0 }] {
+        let (values, metadata) = pack(DType::F16, matrix, &[]).unwrap();
+        assert!(values.is_empty() && metadata.is_empty());
+        let (mut out, rows) = (vec![], 0..matrix.rows);
+        decode("w", DType::F16, matrix, &[], &[], rows.clone(), &mut out).unwrap();
+        decode_f32("w", DType::F16, matrix, &[], &[], rows, &mut []).unwrap();
+        assert!(out.is_empty());
+    }
+}
+
+/// Four columns of which at most two hold any bit pattern.
+fn group() -> impl Strategy<Value = [u32; 4]> {
+    (any::<u32>(), any::<u32>(), 0..4usize, 0..4usize).prop_map(|(a, b, i, j)| {
+        let mut group = [0; 4];
+        group[i] = a;
+        group[j] = b;
+        group
+    })
+}
+
+proptest! {
+    #[test]
+    fn decode_inverts_encode_for_every_bit_pattern(
+        cols in 1..7usize,
+        groups in proptest::collection::vec(group(), 0..60),
+        special in proptest::sample::select(vec![0x8000_8000u32, 0x7FC1_7E01, 0x7F81_7C01, 1]),
+    ) {
+        let rows = groups.len() / cols;
+        let matrix = MatrixShape { rows, cols: 4 * cols };
+        for dtype in [DType::F16, DType::Bf16, DType::F32] {
+            let dense: Vec<u8> = groups[..rows * cols]
+                .as_flattened()
+                .iter()
+                // A third of the values become -0.0, a NaN with a payload, or a subnormal.
+                .map(|&bits| if bits % 3 == 1 { special } else { bits })
+                .flat_map(|bits| bits.to_le_bytes()[4 - dtype.size_bytes()..].to_vec())
+                .collect();
+            let (values, metadata) = pack(dtype, matrix, &dense).unwrap();
+            let parts = components("w", dtype, &[rows, 4 * cols]).unwrap();
+            prop_assert_eq!(values.len() as u64, parts[0].bytes);
+            prop_assert_eq!(metadata.len() as u64, parts[1].bytes);
+            let mut out = vec![];
+            decode("w", dtype, matrix, &values, &metadata, 0..rows, &mut out).unwrap();
+            prop_assert_eq!(&out, &dense);
+            let mut floats = vec![0.0; rows * 4 * cols];
+            decode_f32("w", dtype, matrix, &values, &metadata, 0..rows, &mut floats).unwrap();
+            let mut expected = floats.clone();
+            dense::decode_f32("w", dtype, matrix, &dense, 0..rows, &mut expected).unwrap();
+            let bits = |v: &[f32]| v.iter().map(|f| f.to_bits()).collect::<Vec<_>>();
+            prop_assert_eq!(bits(&floats), bits(&expected));
+        }
+    }
+
+    #[test]
+    fn any_metadata_decodes_or_is_refused(
+        metadata in proptest::collection::vec(any::<u8>(), 6),
+        values in proptest::collection::vec(any::<u8>(), 40),
+    ) {
+        let matrix = MatrixShape { rows: 2, cols: 20 };
+        let mut out = vec![];
+        if decode("w", DType::F16, matrix, &values, &metadata, 0..2, &mut out).is_err() {
+            prop_assert!(out.is_empty());
+        }
+    }
+}
