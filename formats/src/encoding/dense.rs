@@ -98,14 +98,14 @@ pub fn encode_f32(name: &str, dtype: DType, values: &[f32], out: &mut Vec<u8>) -
                 let lanes = &mut lanes[..chunk.len()];
                 lanes.convert_from_f32_slice(chunk);
                 out.extend(lanes.iter().flat_map(|lane| lane.to_le_bytes()));
-                overflowed(chunk, lanes, |lane| lane.is_finite())
+                overflowed(chunk, lanes, f16::is_finite)
             }
             DType::Bf16 => {
                 let mut lanes = [bf16::ZERO; CHUNK];
                 let lanes = &mut lanes[..chunk.len()];
                 lanes.convert_from_f32_slice(chunk);
                 out.extend(lanes.iter().flat_map(|lane| lane.to_le_bytes()));
-                overflowed(chunk, lanes, |lane| lane.is_finite())
+                overflowed(chunk, lanes, bf16::is_finite)
             }
             _ => {
                 return Err(FormatError::Encoding {

@@ -17,7 +17,7 @@
 //! The invariant: decoding gives back the bits that were encoded. Zero therefore means the bit
 //! pattern of `+0.0`; `-0.0` and every NaN are values and are kept. A group of more than two values is
 //! refused, never pruned. A group of fewer keeps one or two zeros beside its values, at the columns
-//! that PyTorch's CUTLASS packing would choose, so that equal matrices have equal bytes.
+//! that the CUTLASS packing of `torch` would choose, so that equal matrices have equal bytes.
 
 use std::ops::Range;
 
@@ -236,7 +236,7 @@ fn encode_row<const GROUP: usize, const KEPT: usize>(
     dense: &[u8],
     values: &mut [u8],
     metadata: &mut [u8],
-    pack: impl Fn(&[u8; GROUP]) -> ([u8; KEPT], u8),
+    pack: impl Fn([u8; GROUP]) -> ([u8; KEPT], u8),
 ) -> bool {
     let (pairs, odd) = {
         let (groups, _) = dense.as_chunks::<GROUP>();
@@ -246,14 +246,14 @@ fn encode_row<const GROUP: usize, const KEPT: usize>(
     let (kept_pairs, kept_odd) = kept.as_chunks_mut::<2>();
     let mut flaws = 0;
     for (([low, high], kept), byte) in pairs.iter().zip(kept_pairs).zip(&mut *metadata) {
-        let (low, low_nibble) = pack(low);
-        let (high, high_nibble) = pack(high);
+        let (low, low_nibble) = pack(*low);
+        let (high, high_nibble) = pack(*high);
         *kept = [low, high];
         *byte = low_nibble | high_nibble << 4;
         flaws |= low_nibble | high_nibble;
     }
     if let ([group], [kept], Some(byte)) = (odd, kept_odd, metadata.last_mut()) {
-        let (values, nibble) = pack(group);
+        let (values, nibble) = pack(*group);
         *kept = values;
         *byte = nibble | PAD << 4;
         flaws |= nibble;
@@ -263,11 +263,11 @@ fn encode_row<const GROUP: usize, const KEPT: usize>(
 
 /// Keeps two of four 16-bit lanes.
 #[inline]
-fn group_of_halves(group: &[u8; 8]) -> ([u8; 4], u8) {
+fn group_of_halves(group: [u8; 8]) -> ([u8; 4], u8) {
     const LOW_BITS: u64 = 0x7FFF_7FFF_7FFF_7FFF;
     // Moves bit 16 i to bit 48 + i: the four products do not carry into each other.
     const GATHER: u64 = 1 << 48 | 1 << 33 | 1 << 18 | 1 << 3;
-    let lanes = u64::from_le_bytes(*group);
+    let lanes = u64::from_le_bytes(group);
     // The top bit of a lane becomes set exactly when the lane is not zero.
     let nonzero = (((lanes & LOW_BITS) + LOW_BITS) | lanes) & !LOW_BITS;
     let flags = ((nonzero >> 15).wrapping_mul(GATHER) >> 48) & 0xF;
@@ -279,7 +279,7 @@ fn group_of_halves(group: &[u8; 8]) -> ([u8; 4], u8) {
 
 /// Keeps two of four 32-bit lanes.
 #[inline]
-fn group_of_floats(group: &[u8; 16]) -> ([u8; 8], u8) {
+fn group_of_floats(group: [u8; 16]) -> ([u8; 8], u8) {
     let (lanes, _) = group.as_chunks::<4>();
     let lanes: [u32; 4] = std::array::from_fn(|i| u32::from_le_bytes(lanes[i]));
     let flags = (0..4).fold(0, |flags, i| flags | usize::from(lanes[i] != 0) << i);
@@ -293,7 +293,7 @@ fn decode_row<const GROUP: usize, const KEPT: usize>(
     values: &[u8],
     metadata: &[u8],
     out: &mut [u8],
-    expand: impl Fn(&[u8; KEPT], u8) -> [u8; GROUP],
+    expand: impl Fn([u8; KEPT], u8) -> [u8; GROUP],
 ) -> bool {
     let (kept, _) = values.as_chunks::<KEPT>();
     let (kept_pairs, kept_odd) = kept.as_chunks::<2>();
@@ -301,11 +301,11 @@ fn decode_row<const GROUP: usize, const KEPT: usize>(
     let (pairs, odd) = groups.as_chunks_mut::<2>();
     let mut flaws = 0;
     for (([low, high], out), &byte) in kept_pairs.iter().zip(pairs).zip(metadata) {
-        *out = [expand(low, byte & 0xF), expand(high, byte >> 4)];
+        *out = [expand(*low, byte & 0xF), expand(*high, byte >> 4)];
         flaws |= ILLEGAL[usize::from(byte)];
     }
     if let ([kept], [out], Some(&byte)) = (kept_odd, odd, metadata.last()) {
-        *out = expand(kept, byte & 0xF);
+        *out = expand(*kept, byte & 0xF);
         flaws |= ILLEGAL[usize::from(byte)] | u8::from(byte >> 4 != PAD);
     }
     flaws == 0
@@ -313,16 +313,16 @@ fn decode_row<const GROUP: usize, const KEPT: usize>(
 
 /// Puts two 16-bit values at their columns.
 #[inline]
-fn expand_halves(kept: &[u8; 4], nibble: u8) -> [u8; 8] {
-    let kept = u64::from(u32::from_le_bytes(*kept));
+fn expand_halves(kept: [u8; 4], nibble: u8) -> [u8; 8] {
+    let kept = u64::from(u32::from_le_bytes(kept));
     let (first, second) = (kept & 0xFFFF, kept >> 16);
     (first << (16 * (nibble & 3)) | second << (16 * (nibble >> 2))).to_le_bytes()
 }
 
 /// Puts two 32-bit values at their columns.
 #[inline]
-fn expand_floats(kept: &[u8; 8], nibble: u8) -> [u8; 16] {
-    let kept = u128::from(u64::from_le_bytes(*kept));
+fn expand_floats(kept: [u8; 8], nibble: u8) -> [u8; 16] {
+    let kept = u128::from(u64::from_le_bytes(kept));
     let (first, second) = (kept & 0xFFFF_FFFF, kept >> 32);
     (first << (32 * (nibble & 3)) | second << (32 * (nibble >> 2))).to_le_bytes()
 }

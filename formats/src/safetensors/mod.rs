@@ -1,52 +1,27 @@
-//! safetensors.
+//! safetensors, the container of Hugging Face checkpoints.
+//!
+//! ```text
+//! byte 0        u64 little-endian: N, the length of the header
+//! byte 8        N bytes of JSON, padded with spaces so that N is a multiple of eight
+//!               {"__metadata__": {string: string},
+//!                NAME: {"dtype": "BF16", "shape": [R, C], "data_offsets": [BEGIN, END]}, ...}
+//! byte 8 + N    data; offsets count from here, little-endian, row-major, no gap and no overlap
+//! ```
+//!
+//! A checkpoint is `model.safetensors`, or shards `model-00001-of-0000N.safetensors` with
+//! `model.safetensors.index.json`. docs/FORMATS.md has the whole layout with an example.
 
+mod declared;
+mod header;
+mod index;
+mod layout;
+mod reader;
 pub mod writer;
 
-use std::path::Path;
+pub use reader::SafetensorsReader;
 
-use crate::{CheckpointReader, MappedFile, ModelMetadata, Result, TensorIndex};
+/// The only file of an unsharded checkpoint.
+pub const SINGLE_NAME: &str = "model.safetensors";
 
-/// Reads one safetensors file or a directory of shards.
-#[derive(Debug)]
-pub struct SafetensorsReader {
-    tensors: TensorIndex,
-    metadata: ModelMetadata,
-}
-
-impl SafetensorsReader {
-    /// Opens a Hugging Face directory.
-    ///
-    /// # Errors
-    /// Named defects.
-    pub fn open_dir(_path: &Path) -> Result<Self> {
-        Ok(Self { tensors: TensorIndex::default(), metadata: ModelMetadata::Bare })
-    }
-
-    /// Opens one file without configuration.
-    ///
-    /// # Errors
-    /// Named defects.
-    pub fn open_file(_file: MappedFile) -> Result<Self> {
-        Ok(Self { tensors: TensorIndex::default(), metadata: ModelMetadata::Bare })
-    }
-}
-
-impl CheckpointReader for SafetensorsReader {
-    fn path(&self) -> &Path {
-        Path::new("")
-    }
-    fn files(&self) -> Vec<&Path> {
-        vec![]
-    }
-    fn tensors(&self) -> &TensorIndex {
-        &self.tensors
-    }
-    fn metadata(&self) -> &ModelMetadata {
-        &self.metadata
-    }
-    fn components(&self, name: &str) -> Result<Vec<&[u8]>> {
-        Err(crate::FormatError::TensorNotFound { path: self.path().into(), name: name.into() })
-    }
-    fn prefetch(&self, _names: &[&str]) {}
-    fn release(&self, _names: &[&str]) {}
-}
+/// The index of a sharded checkpoint.
+pub const INDEX_NAME: &str = "model.safetensors.index.json";

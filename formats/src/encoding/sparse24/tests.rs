@@ -30,7 +30,7 @@ fn example_has_the_documented_bytes() {
     assert_eq!(out, example()[16..]);
     let mut floats = [9.0; 8];
     decode_f32("w", DType::Bf16, SHAPE, &values, &metadata, 0..1, &mut floats).unwrap();
-    assert_eq!(floats, [1., 0., 0., 2., 0., -3., 4., 0.]);
+    assert_eq!(floats.map(|value| value as i32), [1, 0, 0, 2, 0, -3, 4, 0]);
 }
 
 #[test]

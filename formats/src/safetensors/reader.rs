@@ -1,0 +1,154 @@
+//! Reading: one file or a directory of shards.
+
+use std::{
+    ops::Range,
+    path::{Path, PathBuf},
+};
+
+use super::{
+    INDEX_NAME, SINGLE_NAME,
+    declared::{self, Located},
+    header::Header,
+    index::{ShardIndex, parse_json_file},
+};
+use crate::{CheckpointReader, FormatError, MappedFile, ModelMetadata, Result, TensorIndex};
+
+/// Reads one safetensors file or a directory of shards.
+#[derive(Debug)]
+pub struct SafetensorsReader {
+    path: PathBuf,
+    files: Vec<MappedFile>,
+    tensors: TensorIndex,
+    /// Where each tensor of the index lies.
+    places: Vec<Place>,
+    metadata: ModelMetadata,
+}
+
+#[derive(Debug)]
+struct Place {
+    file: usize,
+    parts: Vec<Range<usize>>,
+}
+
+impl SafetensorsReader {
+    /// Opens a Hugging Face directory: `config.json` and either `model.safetensors` or
+    /// `model.safetensors.index.json` with its shards.
+    ///
+    /// # Errors
+    /// [`FormatError`] naming the file, and the tensor if it is one tensor's defect.
+    pub fn open_dir(path: &Path) -> Result<Self> {
+        let config_path = path.join("config.json");
+        if !config_path.is_file() {
+            return Err(FormatError::UnknownFormat {
+                path: path.to_owned(),
+                found: "a directory without config.json".to_owned(),
+            });
+        }
+        let config: serde_json::Value = parse_json_file(&config_path)?;
+        if !config.is_object() {
+            return Err(FormatError::InvalidHeader {
+                path: config_path,
+                offset: 0,
+                what: "the configuration is not a JSON object".to_owned(),
+            });
+        }
+        let metadata = ModelMetadata::HuggingFace { config, directory: path.to_owned() };
+        let mut reader = Self::empty(path, metadata);
+        let (single, index_path) = (path.join(SINGLE_NAME), path.join(INDEX_NAME));
+        if single.is_file() {
+            reader.add(MappedFile::open(&single)?, |_| Ok(()))?;
+        } else if index_path.is_file() {
+            let mut index = ShardIndex::read(&index_path)?;
+            for shard in index.shards.clone() {
+                let file = MappedFile::open(&path.join(&shard))?;
+                reader.add(file, |header| index.claim(&index_path, &shard, header))?;
+            }
+            index.finish(&index_path)?;
+        } else {
+            return Err(FormatError::UnknownFormat {
+                path: path.to_owned(),
+                found: format!("a directory without {SINGLE_NAME} and {INDEX_NAME}"),
+            });
+        }
+        Ok(reader)
+    }
+
+    /// Opens one file without configuration.
+    ///
+    /// # Errors
+    /// [`FormatError`] naming the file, and the tensor if it is one tensor's defect.
+    pub fn open_file(file: MappedFile) -> Result<Self> {
+        let mut reader = Self::empty(file.path(), ModelMetadata::Bare);
+        reader.add(file, |_| Ok(()))?;
+        Ok(reader)
+    }
+
+    fn empty(path: &Path, metadata: ModelMetadata) -> Self {
+        Self {
+            path: path.to_owned(),
+            files: vec![],
+            tensors: TensorIndex::default(),
+            places: vec![],
+            metadata,
+        }
+    }
+
+    /// Adds the tensors of one shard after `check` has seen its header.
+    fn add(&mut self, file: MappedFile, check: impl FnOnce(&Header) -> Result<()>) -> Result<()> {
+        let header = Header::parse(file.path(), file.bytes(), file.bytes().len() as u64)?;
+        check(&header)?;
+        for Located { info, parts } in declared::logical_tensors(file.path(), &header)? {
+            self.tensors.push(file.path(), info)?;
+            self.places.push(Place { file: self.files.len(), parts });
+        }
+        self.files.push(file);
+        Ok(())
+    }
+
+    fn place(&self, name: &str) -> Option<(&MappedFile, &[Range<usize>])> {
+        let place = &self.places[self.tensors.position(name)?];
+        Some((&self.files[place.file], &place.parts))
+    }
+
+    fn for_each_range(&self, names: &[&str], act: impl Fn(&MappedFile, Range<usize>)) {
+        for (file, parts) in names.iter().filter_map(|name| self.place(name)) {
+            for part in parts.iter().filter(|part| !part.is_empty()) {
+                act(file, part.clone());
+            }
+        }
+    }
+}
+
+impl CheckpointReader for SafetensorsReader {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn files(&self) -> Vec<&Path> {
+        self.files.iter().map(MappedFile::path).collect()
+    }
+
+    fn tensors(&self) -> &TensorIndex {
+        &self.tensors
+    }
+
+    fn metadata(&self) -> &ModelMetadata {
+        &self.metadata
+    }
+
+    fn components(&self, name: &str) -> Result<Vec<&[u8]>> {
+        let (file, parts) = self.place(name).ok_or_else(|| FormatError::TensorNotFound {
+            path: self.path.clone(),
+            name: name.to_owned(),
+        })?;
+        Ok(parts.iter().map(|part| &file.bytes()[part.clone()]).collect())
+    }
+
+    fn prefetch(&self, names: &[&str]) {
+        self.for_each_range(names, MappedFile::prefetch);
+    }
+
+    fn release(&self, names: &[&str]) {
+        self.for_each_range(names, MappedFile::release);
+    }
+}
