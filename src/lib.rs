@@ -1,3 +1,5 @@
 //! Streaming converter and packer for LLM checkpoints.
 
 pub mod backend;
+pub mod calibration;
+pub mod model;

@@ -1,0 +1,1 @@
+//! Calibration: which tokens the model sees, and what is recorded of them.

@@ -1,0 +1,20 @@
+//! What a checkpoint is as a model: its architecture, dimensions, tensors by Hugging Face name,
+//! and tokenizer.
+//!
+//! Invariant: once a [`ModelSource`] is open, every tensor that the forward pass needs exists with
+//! the shape that [`ModelConfig`] says, whatever the container and naming of the file.
+
+pub mod arch;
+pub mod config;
+mod embed;
+mod error;
+mod roles;
+pub mod rope;
+pub mod source;
+
+pub use arch::Architecture;
+pub use config::ModelConfig;
+pub use embed::embed;
+pub use error::{ModelError, Result};
+pub use roles::{CapturePoint, Role, Space};
+pub use source::ModelSource;

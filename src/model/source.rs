@@ -1,0 +1,676 @@
+//! A checkpoint seen as a model: every tensor under its Hugging Face name, in model order, with the
+//! shape that the configuration demands, whatever the file calls it.
+
+use std::collections::{HashMap, HashSet};
+use std::ops::Range;
+use std::path::Path;
+
+use sparsepack_formats::encoding::MatrixShape;
+use sparsepack_formats::{CheckpointReader, Encoding, ModelMetadata, TensorInfo};
+
+use super::arch::{Architecture, LinearSpec, NormSpec, Positions, TableSpec, in_block};
+use super::config::ModelConfig;
+use super::error::{ModelError, Result};
+use super::roles::{CapturePoint, Role};
+
+/// Buffers that older checkpoints carry and no model reads.
+const LEGACY_BUFFERS: [&str; 3] =
+    [".rotary_emb.inv_freq", ".self_attn.bias", ".self_attn.masked_bias"];
+
+/// Factors of the rotary frequencies in a GGUF file.
+const GGUF_ROPE_FACTORS: &str = "rope_freqs.weight";
+
+/// What a tensor is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TensorKind {
+    /// Token embeddings.
+    Embedding,
+    /// Learned position embeddings.
+    Positions,
+    /// Weight of a linear.
+    Linear {
+        /// Its block.
+        block: usize,
+        /// What it does.
+        role: Role,
+    },
+    /// Bias of a linear.
+    LinearBias {
+        /// Its block.
+        block: usize,
+        /// What the linear does.
+        role: Role,
+    },
+    /// Gain or bias of a norm of a block.
+    BlockNorm {
+        /// Its block.
+        block: usize,
+    },
+    /// Gain or bias of the norm after the last block.
+    FinalNorm,
+    /// Output matrix that is not tied.
+    LmHead,
+    /// A tensor that the forward pass does not read.
+    Other,
+}
+
+impl TensorKind {
+    /// The block that the tensor belongs to.
+    pub fn block(self) -> Option<usize> {
+        match self {
+            Self::Linear { block, .. }
+            | Self::LinearBias { block, .. }
+            | Self::BlockNorm { block } => Some(block),
+            _ => None,
+        }
+    }
+}
+
+/// One tensor of a model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelTensor {
+    /// Hugging Face name.
+    pub name: String,
+    /// Name in the file.
+    pub stored_name: String,
+    /// Row-major shape.
+    pub shape: Vec<usize>,
+    /// How the values are stored.
+    pub encoding: Encoding,
+    /// Bytes of all stored components together.
+    pub stored_bytes: u64,
+    /// What it is for.
+    pub kind: TensorKind,
+    /// Heads whose rows a GGUF file stores in the order of ggml's interleaved rope. Such a tensor's
+    /// stored bytes are not those of the Hugging Face tensor.
+    pub permuted_heads: Option<usize>,
+}
+
+/// Hugging Face names of a linear's or norm's tensors.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayerNames {
+    /// Weight or gain.
+    pub weight: String,
+    /// Bias, if it has one.
+    pub bias: Option<String>,
+}
+
+/// A checkpoint seen as a model.
+#[derive(Debug)]
+pub struct ModelSource {
+    reader: Box<dyn CheckpointReader>,
+    arch: &'static Architecture,
+    config: ModelConfig,
+    tensors: Vec<ModelTensor>,
+    by_name: HashMap<String, usize>,
+}
+
+impl ModelSource {
+    /// Opens a checkpoint directory, safetensors file or GGUF file and checks that it holds every
+    /// tensor of its model. Reads headers only (and the rotary factors of a GGUF file).
+    ///
+    /// # Errors
+    /// Any defect of the file, its configuration or its tensors, by name.
+    pub fn open(path: &Path) -> Result<Self> {
+        let reader = sparsepack_formats::open(path)?;
+        let (arch, config) = describe(reader.as_ref()).map_err(|source| match source {
+            ModelError::NoConfig { .. } | ModelError::Format(_) => source,
+            other => ModelError::Config { path: path.to_owned(), source: Box::new(other) },
+        })?;
+        let gguf = matches!(reader.metadata(), ModelMetadata::Gguf(_));
+        let mut listing = Listing {
+            reader: reader.as_ref(),
+            arch,
+            config: &config,
+            gguf,
+            used: HashSet::new(),
+            tensors: Vec::new(),
+        };
+        listing.add_model()?;
+        listing.add_others()?;
+        let tensors = listing.tensors;
+        let by_name =
+            tensors.iter().enumerate().map(|(i, tensor)| (tensor.name.clone(), i)).collect();
+        Ok(Self { reader, arch, config, tensors, by_name })
+    }
+
+    /// The reader underneath, for stored bytes and file names.
+    pub fn reader(&self) -> &dyn CheckpointReader {
+        self.reader.as_ref()
+    }
+
+    /// Where the checkpoint was opened from.
+    pub fn path(&self) -> &Path {
+        self.reader.path()
+    }
+
+    /// The family of the model.
+    pub fn arch(&self) -> &'static Architecture {
+        self.arch
+    }
+
+    /// The dimensions of the model.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Every tensor in model order: embeddings, blocks, final norm, output matrix, then what the
+    /// forward pass does not read.
+    pub fn tensors(&self) -> &[ModelTensor] {
+        &self.tensors
+    }
+
+    /// The tensors of one block, in order.
+    pub fn block_tensors(&self, block: usize) -> impl Iterator<Item = &ModelTensor> {
+        self.tensors.iter().filter(move |tensor| tensor.kind.block() == Some(block))
+    }
+
+    /// The tensor with this Hugging Face name.
+    ///
+    /// # Errors
+    /// [`ModelError::UnknownTensor`].
+    pub fn tensor(&self, name: &str) -> Result<&ModelTensor> {
+        self.by_name.get(name).map(|i| &self.tensors[*i]).ok_or_else(|| ModelError::UnknownTensor {
+            path: self.path().to_owned(),
+            tensor: name.to_owned(),
+        })
+    }
+
+    /// Names of a linear of a block, or `None` for a role that the family does not have.
+    pub fn linear(&self, block: usize, role: Role) -> Option<LayerNames> {
+        let linear = self.arch.linear(role)?;
+        let bias = self.config.has_bias(role).then(|| linear.bias(block));
+        Some(LayerNames { weight: linear.weight(block), bias })
+    }
+
+    /// Names of the norm before attention.
+    pub fn attn_norm(&self, block: usize) -> LayerNames {
+        norm_names(&self.arch.attn_norm, block)
+    }
+
+    /// Names of the norm before the MLP.
+    pub fn mlp_norm(&self, block: usize) -> LayerNames {
+        norm_names(&self.arch.mlp_norm, block)
+    }
+
+    /// Names of the norm after the last block.
+    pub fn final_norm(&self) -> LayerNames {
+        norm_names(&self.arch.final_norm, 0)
+    }
+
+    /// Name of the output matrix: the embeddings' where they are tied.
+    pub fn lm_head(&self) -> String {
+        if self.config.tie_word_embeddings {
+            self.arch.embed.weight()
+        } else {
+            self.arch.lm_head.weight()
+        }
+    }
+
+    /// Decodes a tensor to f32, row-major, its rows in Hugging Face order.
+    ///
+    /// # Errors
+    /// [`ModelError::UnknownTensor`]; data that does not decode.
+    pub fn read_f32(&self, name: &str) -> Result<Vec<f32>> {
+        let tensor = self.tensor(name)?;
+        let stored = self.reader.read_f32(&tensor.stored_name)?;
+        Ok(match tensor.permuted_heads {
+            None => stored,
+            Some(heads) => {
+                let (rows, cols) = rows_and_cols(&tensor.shape);
+                let mut out = Vec::with_capacity(stored.len());
+                for row in 0..rows {
+                    let from = stored_row(row, rows, heads) * cols;
+                    out.extend_from_slice(&stored[from..from + cols]);
+                }
+                out
+            }
+        })
+    }
+
+    /// Decodes a range of a matrix's rows to f32 without touching the others. A vector is a column.
+    ///
+    /// # Errors
+    /// [`ModelError::UnknownTensor`], [`ModelError::RowOutOfRange`]; data that does not decode.
+    pub fn read_rows_f32(&self, name: &str, rows: Range<usize>) -> Result<Vec<f32>> {
+        let tensor = self.tensor(name)?;
+        if tensor.shape.len() < 2 {
+            let all = self.read_f32(name)?;
+            let values = all.get(rows.clone());
+            return values
+                .map(<[f32]>::to_vec)
+                .ok_or_else(|| self.out_of_range(tensor, all.len(), &rows));
+        }
+        let matrix = MatrixShape::of(&tensor.shape);
+        if rows.end > matrix.rows || rows.start > rows.end {
+            return Err(self.out_of_range(tensor, matrix.rows, &rows));
+        }
+        let parts = self.reader.components(&tensor.stored_name)?;
+        let mut out = vec![0.0; rows.len() * matrix.cols];
+        let decode = |rows: Range<usize>, out: &mut [f32]| {
+            tensor.encoding.decode_f32(&tensor.stored_name, &tensor.shape, &parts, rows, out)
+        };
+        match tensor.permuted_heads {
+            None => decode(rows, &mut out)?,
+            Some(heads) => {
+                for (row, out) in rows.zip(out.chunks_exact_mut(matrix.cols.max(1))) {
+                    let from = stored_row(row, matrix.rows, heads);
+                    decode(from..from + 1, out)?;
+                }
+            }
+        }
+        Ok(out)
+    }
+
+    /// Refuses NaN and infinities among a tensor's decoded values.
+    ///
+    /// # Errors
+    /// [`ModelError::NonFinite`] naming row and column of the first one.
+    pub fn check_finite(&self, name: &str, values: &[f32]) -> Result<()> {
+        let Some(index) = values.iter().position(|value| !value.is_finite()) else {
+            return Ok(());
+        };
+        let cols = MatrixShape::of(&self.tensor(name)?.shape).cols.max(1);
+        Err(ModelError::NonFinite {
+            path: self.path().to_owned(),
+            tensor: name.to_owned(),
+            row: index / cols,
+            column: index % cols,
+            value: values[index],
+        })
+    }
+
+    /// Asks the system to read a block's tensors ahead.
+    pub fn prefetch(&self, block: usize) {
+        self.reader.prefetch(&self.stored_names(block));
+    }
+
+    /// Tells the system that a block's tensors are not needed any more.
+    pub fn release(&self, block: usize) {
+        self.reader.release(&self.stored_names(block));
+    }
+
+    fn stored_names(&self, block: usize) -> Vec<&str> {
+        self.block_tensors(block).map(|tensor| tensor.stored_name.as_str()).collect()
+    }
+
+    fn out_of_range(&self, tensor: &ModelTensor, has: usize, rows: &Range<usize>) -> ModelError {
+        ModelError::RowOutOfRange {
+            path: self.path().to_owned(),
+            tensor: tensor.name.clone(),
+            rows: has,
+            row: rows.end.max(has + 1) - 1,
+        }
+    }
+}
+
+/// Architecture and configuration by what the checkpoint says of itself.
+fn describe(reader: &dyn CheckpointReader) -> Result<(&'static Architecture, ModelConfig)> {
+    match reader.metadata() {
+        ModelMetadata::HuggingFace { config, .. } => {
+            let arch = Architecture::for_hf(config)?;
+            Ok((arch, ModelConfig::from_hf(arch, config)?))
+        }
+        _ => Err(ModelError::NoConfig { path: reader.path().to_owned() }),
+    }
+}
+
+fn norm_names(norm: &NormSpec, block: usize) -> LayerNames {
+    LayerNames { weight: norm.weight(block), bias: norm.bias(block) }
+}
+
+/// A weight's rows and columns; a bias has one column.
+fn rows_and_cols(shape: &[usize]) -> (usize, usize) {
+    if let [rows] = shape {
+        return (*rows, 1);
+    }
+    let matrix = MatrixShape::of(shape);
+    (matrix.rows, matrix.cols)
+}
+
+/// Where a GGUF file stores row `row` of a Hugging Face q or k matrix. ggml's rope rotates
+/// neighbouring rows of a head, Hugging Face's the two halves: `[2, head_dim/2]` became
+/// `[head_dim/2, 2]` in every head.
+fn stored_row(row: usize, rows: usize, heads: usize) -> usize {
+    let head_dim = rows / heads;
+    let (head, within) = (row / head_dim, row % head_dim);
+    let (half, pair) = (within / (head_dim / 2), within % (head_dim / 2));
+    head * head_dim + pair * 2 + half
+}
+
+/// Lists the tensors of a model while checking them against the file.
+struct Listing<'a> {
+    reader: &'a dyn CheckpointReader,
+    arch: &'a Architecture,
+    config: &'a ModelConfig,
+    gguf: bool,
+    used: HashSet<String>,
+    tensors: Vec<ModelTensor>,
+}
+
+impl Listing<'_> {
+    fn add_model(&mut self) -> Result<()> {
+        let (arch, config) = (self.arch, self.config);
+        let hidden = config.hidden_size;
+        let table = [config.vocab_size, hidden];
+        self.add_table(&arch.embed, &table, TensorKind::Embedding)?;
+        if let (Some(spec), Positions::Learned { offset }) = (&arch.position_embed, arch.positions)
+        {
+            let shape = [config.max_position_embeddings + offset, hidden];
+            self.add_table(spec, &shape, TensorKind::Positions)?;
+        }
+        for block in 0..config.num_hidden_layers {
+            for point in CapturePoint::ALL {
+                match point {
+                    CapturePoint::AttnIn => self.add_block_norm(&arch.attn_norm, block)?,
+                    CapturePoint::MlpIn => self.add_block_norm(&arch.mlp_norm, block)?,
+                    CapturePoint::AttnOut | CapturePoint::MlpHidden => {}
+                }
+                for linear in arch.stage(point) {
+                    self.add_linear(linear, block)?;
+                }
+            }
+        }
+        self.add_norm(&arch.final_norm, 0, TensorKind::FinalNorm)?;
+        if !config.tie_word_embeddings {
+            self.add_table(&arch.lm_head, &table, TensorKind::LmHead)?;
+        }
+        Ok(())
+    }
+
+    fn add_block_norm(&mut self, norm: &NormSpec, block: usize) -> Result<()> {
+        self.add_norm(norm, block, TensorKind::BlockNorm { block })
+    }
+
+    fn add_table(&mut self, spec: &TableSpec, shape: &[usize], kind: TensorKind) -> Result<()> {
+        let gguf = spec.gguf.as_deref();
+        self.add(&spec.name, gguf, ".weight", shape, kind, None)
+    }
+
+    fn add_norm(&mut self, norm: &NormSpec, block: usize, kind: TensorKind) -> Result<()> {
+        let name = in_block(&norm.name, block);
+        let gguf = norm.gguf.as_ref().map(|gguf| in_block(gguf, block));
+        let shape = [self.config.hidden_size];
+        self.add(&name, gguf.as_deref(), ".weight", &shape, kind, None)?;
+        if norm.bias {
+            self.add(&name, gguf.as_deref(), ".bias", &shape, kind, None)?;
+        }
+        Ok(())
+    }
+
+    fn add_linear(&mut self, linear: &LinearSpec, block: usize) -> Result<()> {
+        let role = linear.role;
+        let name = in_block(&linear.name, block);
+        let gguf = linear.gguf.as_ref().map(|gguf| in_block(gguf, block));
+        let shape = self.config.linear_shape(role);
+        let heads = (self.gguf && linear.gguf_permuted).then_some(match role {
+            Role::QProj => self.config.num_attention_heads,
+            _ => self.config.num_key_value_heads,
+        });
+        let kind = TensorKind::Linear { block, role };
+        self.add(&name, gguf.as_deref(), ".weight", &shape, kind, heads)?;
+        if self.config.has_bias(role) {
+            let kind = TensorKind::LinearBias { block, role };
+            self.add(&name, gguf.as_deref(), ".bias", &shape[..1], kind, heads)?;
+        }
+        Ok(())
+    }
+
+    fn add(
+        &mut self,
+        module: &str,
+        gguf: Option<&str>,
+        suffix: &str,
+        shape: &[usize],
+        kind: TensorKind,
+        permuted_heads: Option<usize>,
+    ) -> Result<()> {
+        let stored_name = match gguf {
+            Some(gguf) if self.gguf => format!("{gguf}{suffix}"),
+            _ => format!("{module}{suffix}"),
+        };
+        let path = self.reader.path();
+        let Some(info) = self.reader.tensors().get(&stored_name) else {
+            return Err(ModelError::MissingTensor {
+                path: path.to_owned(),
+                tensor: stored_name,
+                expected: shape.to_vec(),
+            });
+        };
+        if info.shape != shape {
+            return Err(ModelError::ShapeMismatch {
+                path: path.to_owned(),
+                tensor: stored_name,
+                expected: shape.to_vec(),
+                found: info.shape.clone(),
+            });
+        }
+        if !info.encoding.value_dtype().is_float_weight() {
+            return Err(ModelError::NotFloat {
+                path: path.to_owned(),
+                tensor: stored_name,
+                found: info.encoding.to_string(),
+            });
+        }
+        self.used.insert(stored_name);
+        self.tensors.push(model_tensor(format!("{module}{suffix}"), info, kind, permuted_heads));
+        Ok(())
+    }
+
+    /// Whatever else the file holds.
+    fn add_others(&mut self) -> Result<()> {
+        let path = self.reader.path();
+        let tied_head = self.config.tie_word_embeddings.then(|| self.arch.lm_head.weight());
+        for info in self.reader.tensors() {
+            let name = info.name.as_str();
+            if self.used.contains(name) {
+                continue;
+            }
+            if self.gguf {
+                if name == GGUF_ROPE_FACTORS && self.config.rope.is_some() {
+                    continue;
+                }
+                return Err(ModelError::UnexpectedTensor {
+                    path: path.to_owned(),
+                    tensor: name.to_owned(),
+                    architecture: self.arch.name.clone(),
+                });
+            }
+            if LEGACY_BUFFERS.iter().any(|suffix| name.ends_with(suffix)) {
+                tracing::debug!(tensor = name, "ignored a legacy buffer");
+            } else if tied_head.as_deref() == Some(name) {
+                tracing::warn!(
+                    tensor = name,
+                    "ignored: tie_word_embeddings is true, so the embeddings are the output matrix"
+                );
+            } else {
+                self.tensors.push(model_tensor(name.to_owned(), info, TensorKind::Other, None));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn model_tensor(
+    name: String,
+    info: &TensorInfo,
+    kind: TensorKind,
+    permuted_heads: Option<usize>,
+) -> ModelTensor {
+    ModelTensor {
+        name,
+        stored_name: info.name.clone(),
+        shape: info.shape.clone(),
+        encoding: info.encoding,
+        stored_bytes: info.stored_bytes,
+        kind,
+        permuted_heads,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+
+    fn tiny(name: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/tiny").join(name)
+    }
+
+    fn open(name: &str) -> ModelSource {
+        ModelSource::open(&tiny(name)).unwrap()
+    }
+
+    #[test]
+    fn every_model_lists_its_tensors_in_model_order() {
+        for name in [
+            "llama-gqa",
+            "llama-sharded",
+            "llama-mha-tied",
+            "llama3-rope",
+            "mistral",
+            "qwen2",
+            "opt",
+        ] {
+            let source = open(name);
+            let names: Vec<&str> = source.tensors().iter().map(|t| t.name.as_str()).collect();
+            assert!(names[0].ends_with("embed_tokens.weight"), "{name}");
+            assert_eq!(names.len(), source.reader().tensors().len(), "{name}");
+            assert!(source.tensors().iter().all(|t| t.kind != TensorKind::Other), "{name}");
+            let blocks: Vec<usize> =
+                source.tensors().iter().filter_map(|t| t.kind.block()).collect();
+            assert!(blocks.is_sorted() && blocks.last() == Some(&1), "{name}");
+            let total: usize =
+                source.tensors().iter().map(|t| t.shape.iter().product::<usize>()).sum();
+            assert_eq!(source.config().parameters(source.arch()).total(), total as u64, "{name}");
+            for tensor in source.tensors() {
+                let values = source.read_f32(&tensor.name).unwrap();
+                source.check_finite(&tensor.name, &values).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn a_block_lists_norms_before_the_linears_they_feed() {
+        let source = open("opt");
+        let names: Vec<&str> = source
+            .block_tensors(1)
+            .map(|t| t.name.trim_start_matches("model.decoder.layers.1."))
+            .collect();
+        assert_eq!(
+            names,
+            [
+                "self_attn_layer_norm.weight",
+                "self_attn_layer_norm.bias",
+                "self_attn.q_proj.weight",
+                "self_attn.q_proj.bias",
+                "self_attn.k_proj.weight",
+                "self_attn.k_proj.bias",
+                "self_attn.v_proj.weight",
+                "self_attn.v_proj.bias",
+                "self_attn.out_proj.weight",
+                "self_attn.out_proj.bias",
+                "final_layer_norm.weight",
+                "final_layer_norm.bias",
+                "fc1.weight",
+                "fc1.bias",
+                "fc2.weight",
+                "fc2.bias",
+            ]
+        );
+        let names = source.linear(1, Role::UpProj).unwrap();
+        assert_eq!(names.bias.as_deref(), Some("model.decoder.layers.1.fc1.bias"));
+        assert_eq!(source.linear(1, Role::GateProj), None);
+    }
+
+    #[test]
+    fn sharded_and_whole_copies_decode_to_equal_tensors() {
+        let (whole, sharded) = (open("llama-gqa"), open("llama-sharded"));
+        for tensor in whole.tensors() {
+            assert_eq!(
+                whole.read_f32(&tensor.name).unwrap(),
+                sharded.read_f32(&tensor.name).unwrap()
+            );
+        }
+    }
+
+    /// A copy of a tiny model with an edited config.json.
+    fn edited(name: &str, edit: impl FnOnce(&mut serde_json::Value)) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        let text = std::fs::read(tiny(name).join("config.json")).unwrap();
+        let mut config = serde_json::from_slice(&text).unwrap();
+        edit(&mut config);
+        std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        let file = "model.safetensors";
+        std::fs::copy(tiny(name).join(file), dir.path().join(file)).unwrap();
+        dir
+    }
+
+    fn error(name: &str, edit: impl FnOnce(&mut serde_json::Value)) -> String {
+        let dir = edited(name, edit);
+        let error = ModelSource::open(dir.path()).unwrap_err();
+        let cause = std::error::Error::source(&error).map(|source| format!(": {source}"));
+        let text = error.to_string() + &cause.unwrap_or_default();
+        text.replace(&dir.path().display().to_string(), "DIR")
+    }
+
+    #[test]
+    fn tensors_that_contradict_the_configuration_are_named() {
+        assert_eq!(
+            error("llama-gqa", |config| config["num_hidden_layers"] = 3.into()),
+            "DIR: tensor `model.layers.2.input_layernorm.weight` is missing (expected shape [32])"
+        );
+        assert_eq!(
+            error("llama-gqa", |config| config["intermediate_size"] = 64.into()),
+            "DIR: tensor `model.layers.0.mlp.gate_proj.weight` has shape [96, 32] \
+             (expected [64, 32] by the configuration)"
+        );
+        assert_eq!(
+            error("llama-gqa", |config| config["attention_bias"] = true.into()),
+            "DIR: tensor `model.layers.0.self_attn.q_proj.bias` is missing (expected shape [32])"
+        );
+        assert_eq!(
+            error("opt", |config| config["do_layer_norm_before"] = false.into()),
+            "DIR: the model's configuration cannot be used: configuration key \
+             `do_layer_norm_before` is false, which is not supported; supported: true"
+        );
+    }
+
+    #[test]
+    fn what_the_forward_pass_does_not_read_is_kept_or_ignored() {
+        let dir = edited("qwen2", |config| config["num_hidden_layers"] = 1.into());
+        let source = ModelSource::open(dir.path()).unwrap();
+        let others: Vec<_> =
+            source.tensors().iter().filter(|t| t.kind == TensorKind::Other).collect();
+        assert_eq!(others.len(), 12, "the second block");
+        // A stored output matrix of a model that ties it is not part of the model.
+        let dir = edited("mistral", |config| config["tie_word_embeddings"] = true.into());
+        let source = ModelSource::open(dir.path()).unwrap();
+        assert!(source.tensor("lm_head.weight").is_err());
+        assert_eq!(source.lm_head(), "model.embed_tokens.weight");
+    }
+
+    #[test]
+    fn rows_and_values_that_cannot_be_used_are_named() {
+        let source = open("llama-gqa");
+        let name = "model.layers.0.self_attn.q_proj.weight";
+        let message = |error: ModelError| {
+            error.to_string().replace(&source.path().display().to_string(), "DIR")
+        };
+        assert_eq!(
+            message(source.read_rows_f32(name, 30..33).unwrap_err()),
+            format!("DIR: tensor `{name}` has 32 rows, but row 32 was asked for")
+        );
+        let mut values = source.read_f32(name).unwrap();
+        values[3 * 32 + 5] = f32::NAN;
+        assert_eq!(
+            message(source.check_finite(name, &values).unwrap_err()),
+            format!("DIR: tensor `{name}` has the non-finite value NaN at row 3, column 5")
+        );
+        assert_eq!(
+            message(source.read_f32("nothing").unwrap_err()),
+            "DIR: the model has no tensor `nothing`"
+        );
+    }
+}
