@@ -90,6 +90,50 @@ pub enum FormatError {
         /// What is supported.
         supported: String,
     },
+    /// The file is of a version of its format that this crate does not read.
+    #[error("{path}: {format} version {found} is not supported; supported: {supported}")]
+    UnsupportedVersion {
+        /// The file.
+        path: PathBuf,
+        /// The format.
+        format: &'static str,
+        /// The version found, with what is special about it.
+        found: String,
+        /// The versions that are read.
+        supported: &'static str,
+    },
+    /// Two metadata pairs share a key.
+    #[error("{path}: offset {offset}: metadata key `{key}` appears twice")]
+    DuplicateKey {
+        /// The file.
+        path: PathBuf,
+        /// Byte offset of the second pair.
+        offset: u64,
+        /// The key.
+        key: String,
+    },
+    /// The metadata lacks a key.
+    #[error("{path}: metadata key `{key}` not found (expected {expected})")]
+    MissingKey {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: String,
+        /// The type its value should have.
+        expected: &'static str,
+    },
+    /// A metadata value is of another type than its key asks for.
+    #[error("{path}: metadata key `{key}`: expected {expected}, found {found}")]
+    WrongValueType {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: String,
+        /// The type the value should have.
+        expected: &'static str,
+        /// The type it has, and the value where that helps.
+        found: String,
+    },
     /// A count or length beyond what any real checkpoint needs.
     #[error("{path}: offset {offset}: {what} is {found}, more than the limit of {limit}")]
     LimitExceeded {
