@@ -272,8 +272,8 @@ fn group_of_halves(group: [u8; 8]) -> ([u8; 4], u8) {
     let nonzero = (((lanes & LOW_BITS) + LOW_BITS) | lanes) & !LOW_BITS;
     let flags = ((nonzero >> 15).wrapping_mul(GATHER) >> 48) & 0xF;
     let nibble = NIBBLES[flags as usize];
-    let (first, second) = (lanes >> (16 * (nibble & 3)), lanes >> (16 * (nibble >> 2 & 3)));
-    let kept = (first & 0xFFFF) as u32 | (second as u32) << 16;
+    let (first, second) = (nibble << 4 & 48, nibble << 2 & 48);
+    let kept = (lanes >> first & 0xFFFF) as u32 | ((lanes >> second) as u32) << 16;
     (kept.to_le_bytes(), nibble)
 }
 

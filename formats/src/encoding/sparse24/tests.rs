@@ -23,8 +23,14 @@ fn pack(dtype: DType, matrix: MatrixShape, dense: &[u8]) -> Result<(Vec<u8>, Vec
 fn example_has_the_documented_bytes() {
     let (values, metadata) = pack(DType::Bf16, SHAPE, &example()).unwrap();
     assert_eq!(metadata, [0x9C, 0x8E]);
-    let expected = [1., 2., -3., 4., 5., 6., 7., 0.].map(|v: f32| bf16::from_f32(v).to_le_bytes());
-    assert_eq!(values, expected.concat());
+    assert_eq!(
+        values,
+        [
+            [0x80, 0x3F, 0x00, 0x40, 0x40, 0xC0, 0x80, 0x40],
+            [0xA0, 0x40, 0xC0, 0x40, 0xE0, 0x40, 0x00, 0x00],
+        ]
+        .concat()
+    );
     let mut out = vec![];
     decode("w", DType::Bf16, SHAPE, &values, &metadata, 1..2, &mut out).unwrap();
     assert_eq!(out, example()[16..]);
