@@ -272,7 +272,7 @@ fn group_of_halves(group: [u8; 8]) -> ([u8; 4], u8) {
     let nonzero = (((lanes & LOW_BITS) + LOW_BITS) | lanes) & !LOW_BITS;
     let flags = ((nonzero >> 15).wrapping_mul(GATHER) >> 48) & 0xF;
     let nibble = NIBBLES[flags as usize];
-    let (first, second) = (nibble << 4 & 48, nibble << 2 & 48);
+    let (first, second) = (nibble << 4 & 0x30, nibble << 2 & 0x30);
     let kept = (lanes >> first & 0xFFFF) as u32 | ((lanes >> second) as u32) << 16;
     (kept.to_le_bytes(), nibble)
 }
