@@ -456,6 +456,7 @@ fn every_bit_flip_is_read_or_refused() {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(100))]
     #[test]
     fn arbitrary_bytes_are_read_or_refused(
         header in proptest::collection::vec(any::<u8>(), 0..64),

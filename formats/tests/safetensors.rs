@@ -303,6 +303,21 @@ fn an_interrupted_run_is_resumed_tensor_by_tensor() {
     assert_eq!(reader.components("a").unwrap(), [[5, 6, 7]]);
 }
 
+#[test]
+fn a_checkpoint_saved_by_transformers_reads_as_the_crate_reads_it() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/tiny/llama-gqa");
+    let reader = open(&dir).unwrap();
+    let bytes = std::fs::read(dir.join("model.safetensors")).unwrap();
+    let oracle = SafeTensors::deserialize(&bytes).unwrap();
+    assert_eq!(reader.tensors().len(), oracle.len());
+    for info in reader.tensors() {
+        let view = oracle.tensor(&info.name).unwrap();
+        assert_eq!(view.shape(), info.shape);
+        assert_eq!(reader.components(&info.name).unwrap(), [view.data()]);
+        assert!(reader.read_f32(&info.name).unwrap().iter().all(|value| value.is_finite()));
+    }
+}
+
 /// Names, encodings and shapes of one shard.
 fn layouts() -> impl Strategy<Value = ShardLayout> {
     let encoding = prop_oneof![

@@ -13,7 +13,10 @@ use std::{collections::HashMap, ops::Range, path::Path};
 
 use serde::{Deserialize, Serialize};
 
-use super::header::{Header, StoredTensor, UniqueMap};
+use super::{
+    header::{Header, StoredTensor},
+    json::UniqueMap,
+};
 use crate::{Encoding, FormatError, Result, TensorInfo};
 
 /// The `__metadata__` key that declares packed tensors.

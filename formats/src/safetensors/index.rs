@@ -11,7 +11,7 @@ use std::{
 
 use serde::Deserialize;
 
-use super::header::{Header, UniqueMap};
+use super::{header::Header, json::UniqueMap};
 use crate::{FormatError, Result};
 
 /// Longest index or configuration file: as much as a header.

@@ -14,6 +14,7 @@
 mod declared;
 mod header;
 mod index;
+mod json;
 mod layout;
 mod reader;
 pub mod writer;
