@@ -11,6 +11,8 @@ mod solve_ops;
 mod stat_ops;
 mod storage;
 
+#[cfg(test)]
+mod conformance;
 pub mod cpu;
 
 pub use block_ops::{Activation, AttentionShape, BlockOps, RopeTables, SequenceLens};

@@ -1,0 +1,99 @@
+//! Statistics of activations: the Gram matrix and column norms.
+//!
+//! Only the lower triangle of `XᵀX` is computed. Threads take strips of rows of the result, never
+//! ranges of tokens, so each element's sum runs over the tokens in one fixed order.
+
+use rayon::prelude::*;
+
+use super::linalg::{self, View, ViewMut};
+use super::matrix::{STRIP, strip_len};
+use super::simd::vectorised;
+use super::{CpuMatrix, Products};
+use crate::backend::Result;
+
+/// Features of a strip of an f32 Gram matrix.
+const F32_STRIP: usize = 128;
+
+/// Lower triangle of `h += scale · xᵀx`.
+pub(super) fn gram_accumulate(
+    products: Products,
+    h: &mut CpuMatrix,
+    x: &CpuMatrix,
+    scale: f32,
+) -> Result<()> {
+    const OPERATION: &str = "gram_accumulate";
+    let d = x.cols;
+    h.expect_shape(OPERATION, d, d)?;
+    let h = h.f32s_mut(OPERATION)?;
+    match products {
+        Products::F32 => gram_f32(h, x, scale),
+    }
+    Ok(())
+}
+
+fn gram_f32(h: &mut [f32], x: &CpuMatrix, scale: f32) {
+    let (tokens, d) = (x.rows, x.cols);
+    let x = x.widened();
+    let columns =
+        |from: usize, cols| View { data: &x[from.min(x.len())..], rows: tokens, cols, stride: d };
+    h.par_chunks_mut(strip_len(F32_STRIP, d)).enumerate().for_each(|(strip, h)| {
+        let rows = h.len() / d;
+        let first = strip * F32_STRIP;
+        let a = columns(first, rows);
+        if first > 0 {
+            let left = ViewMut { data: h, rows, cols: first, stride: d };
+            linalg::add_matmul_tn(left, a, columns(0, first), scale);
+        }
+        let diagonal = ViewMut { data: &mut h[first..], rows, cols: rows, stride: d };
+        linalg::add_gram_lower(diagonal, a, scale);
+    });
+}
+
+/// `sums[j] += Σ_t x[t, j]²`.
+pub(super) fn column_sq_norm(sums: &mut CpuMatrix, x: &CpuMatrix) -> Result<()> {
+    const OPERATION: &str = "column_sq_norm";
+    sums.expect_shape(OPERATION, 1, x.cols)?;
+    let partial: Vec<Vec<f32>> = (0..x.rows.div_ceil(STRIP * 8))
+        .into_par_iter()
+        .map(|strip| {
+            let mut scratch = Vec::new();
+            let first = strip * STRIP * 8;
+            let rows = x.rows_f32(first..x.rows.min(first + STRIP * 8), &mut scratch);
+            let mut sums = vec![0.0; x.cols];
+            rows.chunks_exact(x.cols.max(1)).for_each(|row| add_squares(row, &mut sums));
+            sums
+        })
+        .collect();
+    let sums = sums.f32s_mut(OPERATION)?;
+    let mut wide: Vec<f64> = sums.iter().map(|&sum| f64::from(sum)).collect();
+    for partial in &partial {
+        wide.iter_mut().zip(partial).for_each(|(sum, part)| *sum += f64::from(*part));
+    }
+    sums.iter_mut().zip(wide).for_each(|(sum, wide)| *sum = wide as f32);
+    Ok(())
+}
+
+vectorised! {
+    fn add_squares<'a>(x: &'a [f32], sums: &'a mut [f32]) {
+        sums.iter_mut().zip(x).for_each(|(sum, x)| *sum += x * x);
+    }
+}
+
+/// Rows with a NaN or an infinity.
+pub(super) fn count_non_finite_rows(x: &CpuMatrix) -> usize {
+    (0..x.rows.div_ceil(STRIP))
+        .into_par_iter()
+        .map(|strip| {
+            let mut scratch = Vec::new();
+            let first = strip * STRIP;
+            let rows = x.rows_f32(first..x.rows.min(first + STRIP), &mut scratch);
+            rows.chunks_exact(x.cols.max(1)).filter(|row| has_non_finite(row)).count()
+        })
+        .sum()
+}
+
+vectorised! {
+    fn has_non_finite<'a>(x: &'a [f32]) -> bool {
+        x.iter().fold(false, |found, x| found | !x.is_finite())
+    }
+}

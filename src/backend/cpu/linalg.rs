@@ -1,0 +1,162 @@
+//! Dense linear algebra by faer, behind a few concrete functions.
+//!
+//! faer's generic code is slow to compile, so it is instantiated here only. Every function runs on
+//! the calling thread; callers cut the work.
+
+use faer::linalg::matmul::{self, triangular, triangular::BlockStructure};
+use faer::{Accum, MatMut, MatRef, Par};
+
+/// A row-major view: `rows × cols` values, rows `stride` values apart.
+#[derive(Clone, Copy)]
+pub(super) struct View<'a> {
+    pub(super) data: &'a [f32],
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+    pub(super) stride: usize,
+}
+
+impl<'a> View<'a> {
+    /// All of a contiguous matrix.
+    pub(super) fn dense(data: &'a [f32], rows: usize, cols: usize) -> Self {
+        Self { data, rows, cols, stride: cols }
+    }
+
+    fn faer(self) -> MatRef<'a, f32> {
+        let len = strided_len(self.rows, self.cols, self.stride);
+        MatRef::from_row_major_slice_with_stride(
+            &self.data[..len],
+            self.rows,
+            self.cols,
+            self.stride.max(self.cols),
+        )
+    }
+}
+
+/// A row-major view to write to.
+pub(super) struct ViewMut<'a> {
+    pub(super) data: &'a mut [f32],
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+    pub(super) stride: usize,
+}
+
+impl<'a> ViewMut<'a> {
+    fn faer(self) -> MatMut<'a, f32> {
+        let len = strided_len(self.rows, self.cols, self.stride);
+        // The transpose of a column-major view: faer 0.24.4's own constructor of strided row-major
+        // views forgets to swap the strides of a mutable one and writes out of bounds.
+        MatMut::from_column_major_slice_with_stride_mut(
+            &mut self.data[..len],
+            self.cols,
+            self.rows,
+            self.stride.max(self.cols),
+        )
+        .transpose_mut()
+    }
+}
+
+fn strided_len(rows: usize, cols: usize, stride: usize) -> usize {
+    if rows == 0 || cols == 0 { 0 } else { (rows - 1) * stride + cols }
+}
+
+/// What a product does to the values it finds.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Into {
+    /// Overwrites them.
+    Replace,
+    /// Adds to them.
+    Add,
+}
+
+impl From<Into> for Accum {
+    fn from(into: Into) -> Self {
+        match into {
+            Into::Replace => Self::Replace,
+            Into::Add => Self::Add,
+        }
+    }
+}
+
+/// `c = alpha · a b` (or `c +=`).
+pub(super) fn matmul_nn(c: ViewMut, into: Into, a: View, b: View, alpha: f32) {
+    matmul::matmul(c.faer(), into.into(), a.faer(), b.faer(), alpha, Par::Seq);
+}
+
+/// `c = alpha · a bᵀ` (or `c +=`).
+pub(super) fn matmul_nt(c: ViewMut, into: Into, a: View, b: View, alpha: f32) {
+    matmul::matmul(c.faer(), into.into(), a.faer(), b.faer().transpose(), alpha, Par::Seq);
+}
+
+/// `c += alpha · aᵀ b`.
+pub(super) fn add_matmul_tn(c: ViewMut, a: View, b: View, alpha: f32) {
+    matmul::matmul(c.faer(), Accum::Add, a.faer().transpose(), b.faer(), alpha, Par::Seq);
+}
+
+/// Lower triangle of `c += alpha · aᵀ a`.
+pub(super) fn add_gram_lower(c: ViewMut, a: View, alpha: f32) {
+    let a = a.faer();
+    triangular::matmul(
+        c.faer(),
+        BlockStructure::TriangularLower,
+        Accum::Add,
+        a.transpose(),
+        BlockStructure::Rectangular,
+        a,
+        BlockStructure::Rectangular,
+        alpha,
+        Par::Seq,
+    );
+}
+
+/// `c = a · lower(b)`, `b` square.
+pub(super) fn matmul_lower(c: ViewMut, a: View, b: View) {
+    triangular::matmul(
+        c.faer(),
+        BlockStructure::Rectangular,
+        Accum::Replace,
+        a.faer(),
+        BlockStructure::Rectangular,
+        b.faer(),
+        BlockStructure::TriangularLower,
+        1.0,
+        Par::Seq,
+    );
+}
+
+pub(super) use factor::inverse_cholesky_lower;
+
+mod factor {
+    use faer::linalg::cholesky::llt::factor::{
+        LltError, LltParams, LltRegularization, cholesky_in_place, cholesky_in_place_scratch,
+    };
+    use faer::linalg::triangular_inverse::invert_lower_triangular;
+    use faer::prelude::ReborrowMut;
+    use faer::{MatMut, MatRef, Par, Spec};
+
+    /// `L⁻¹` of the Cholesky factorisation `A = L Lᵀ`, column-major, from the lower triangle of the
+    /// column-major `a`, which it overwrites; the index of the first bad pivot on failure.
+    pub(in super::super) fn inverse_cholesky_lower(
+        a: &mut [f64],
+        n: usize,
+    ) -> Result<Vec<f64>, usize> {
+        let params = Spec::<LltParams, f64>::default();
+        let mut buffer =
+            faer::dyn_stack::MemBuffer::new(cholesky_in_place_scratch::<f64>(n, Par::Seq, params));
+        let stack = faer::dyn_stack::MemStack::new(&mut buffer);
+        let mut factor = MatMut::from_column_major_slice_mut(a, n, n);
+        let regularization = LltRegularization::default();
+        cholesky_in_place(factor.rb_mut(), regularization, Par::Seq, stack, params)
+            .map_err(|LltError::NonPositivePivot { index }| index)?;
+        if let Some(pivot) = (0..n).find(|&j| !(factor[(j, j)] > 0.0 && factor[(j, j)].is_finite()))
+        {
+            return Err(pivot);
+        }
+        let mut inverse = vec![0.0; n * n];
+        invert_lower_triangular(
+            MatMut::from_column_major_slice_mut(&mut inverse, n, n),
+            MatRef::from_column_major_slice(a, n, n),
+            Par::Seq,
+        );
+        Ok(inverse)
+    }
+}

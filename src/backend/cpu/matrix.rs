@@ -1,0 +1,180 @@
+//! Matrices in the CPU's memory.
+
+use std::borrow::Cow;
+
+use half::bf16;
+use rayon::prelude::*;
+
+use super::{Cpu, CpuWeight, Products, linear, simd};
+use crate::backend::{BackendError, HostData, HostMatrix, Result, Storage};
+
+/// Rows of a strip in element-wise operations.
+pub(super) const STRIP: usize = 32;
+
+/// A row-major matrix of f32, or of bf16 where it only feeds products.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CpuMatrix {
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+    pub(super) data: HostData,
+}
+
+impl CpuMatrix {
+    pub(super) fn from_f32(rows: usize, cols: usize, data: Vec<f32>) -> Self {
+        debug_assert_eq!(data.len(), rows * cols);
+        Self { rows, cols, data: HostData::F32(data) }
+    }
+
+    /// The values as f32, widened where they are bf16.
+    pub(super) fn widened(&self) -> Cow<'_, [f32]> {
+        match &self.data {
+            HostData::F32(values) => Cow::Borrowed(values),
+            HostData::Bf16(values) => {
+                let mut wide = vec![0.0; values.len()];
+                widen_rows(values, self.cols, &mut wide);
+                Cow::Owned(wide)
+            }
+        }
+    }
+
+    /// The f32 values of an operand that is never bf16.
+    pub(super) fn f32s(&self, operation: &'static str) -> Result<&[f32]> {
+        match &self.data {
+            HostData::F32(values) => Ok(values),
+            HostData::Bf16(_) => Err(shape_error(operation, "a bf16 operand")),
+        }
+    }
+
+    /// The f32 values of an operand that is never bf16, to change.
+    pub(super) fn f32s_mut(&mut self, operation: &'static str) -> Result<&mut [f32]> {
+        match &mut self.data {
+            HostData::F32(values) => Ok(values),
+            HostData::Bf16(_) => Err(shape_error(operation, "a bf16 operand")),
+        }
+    }
+
+    /// The values of a range of whole rows as f32; bf16 rows go through `scratch`.
+    pub(super) fn rows_f32<'a>(
+        &'a self,
+        rows: std::ops::Range<usize>,
+        scratch: &'a mut Vec<f32>,
+    ) -> &'a [f32] {
+        let range = rows.start * self.cols..rows.end * self.cols;
+        match &self.data {
+            HostData::F32(values) => &values[range],
+            HostData::Bf16(values) => {
+                scratch.resize(range.len(), 0.0);
+                simd::widen(&values[range], scratch);
+                scratch
+            }
+        }
+    }
+
+    pub(super) fn expect_shape(
+        &self,
+        operation: &'static str,
+        rows: usize,
+        cols: usize,
+    ) -> Result<()> {
+        if (self.rows, self.cols) == (rows, cols) {
+            return Ok(());
+        }
+        let Self { rows: got_rows, cols: got_cols, .. } = self;
+        let detail = format!("[{got_rows}, {got_cols}] instead of [{rows}, {cols}]");
+        Err(BackendError::Shape { operation, detail })
+    }
+}
+
+/// A defect of the caller.
+pub(super) fn shape_error(operation: &'static str, detail: impl Into<String>) -> BackendError {
+    BackendError::Shape { operation, detail: detail.into() }
+}
+
+/// Values per chunk of `rows` rows, never 0.
+pub(super) fn strip_len(rows: usize, cols: usize) -> usize {
+    (rows * cols).max(1)
+}
+
+fn widen_rows(from: &[bf16], cols: usize, to: &mut [f32]) {
+    let len = strip_len(STRIP, cols);
+    to.par_chunks_mut(len).zip(from.par_chunks(len)).for_each(|(to, from)| simd::widen(from, to));
+}
+
+/// Makes a matrix that feeds products: `fill(row, values)` computes each row in f32, which is
+/// rounded once where products are bf16.
+pub(super) fn product_operand(
+    products: Products,
+    rows: usize,
+    cols: usize,
+    fill: impl Fn(usize, &mut [f32]) + Sync,
+) -> CpuMatrix {
+    let len = strip_len(STRIP, cols);
+    let data = match products {
+        Products::F32 => {
+            let mut out = vec![0.0; rows * cols];
+            out.par_chunks_mut(len).enumerate().for_each(|(strip, out)| {
+                for (row, out) in out.chunks_exact_mut(cols).enumerate() {
+                    fill(strip * STRIP + row, out);
+                }
+            });
+            HostData::F32(out)
+        }
+    };
+    CpuMatrix { rows, cols, data }
+}
+
+impl Storage for Cpu {
+    type Matrix = CpuMatrix;
+    type Weight = CpuWeight;
+
+    fn describe(&self) -> String {
+        let threads = self.pool.current_num_threads();
+        let plural = if threads == 1 { "" } else { "s" };
+        format!("CPU, {threads} thread{plural}, {}", self.products)
+    }
+
+    fn upload(&self, data: &[f32], rows: usize, cols: usize) -> Result<CpuMatrix> {
+        if data.len() != rows * cols {
+            let detail = format!("{} values for [{rows}, {cols}]", data.len());
+            return Err(BackendError::Shape { operation: "upload", detail });
+        }
+        Ok(CpuMatrix::from_f32(rows, cols, data.to_vec()))
+    }
+
+    fn download(&self, matrix: &CpuMatrix) -> Result<Vec<f32>> {
+        Ok(matrix.widened().into_owned())
+    }
+
+    fn zeros(&self, rows: usize, cols: usize) -> Result<CpuMatrix> {
+        Ok(CpuMatrix::from_f32(rows, cols, vec![0.0; rows * cols]))
+    }
+
+    fn duplicate(&self, matrix: &CpuMatrix) -> Result<CpuMatrix> {
+        Ok(matrix.clone())
+    }
+
+    fn shape(&self, matrix: &CpuMatrix) -> (usize, usize) {
+        (matrix.rows, matrix.cols)
+    }
+
+    fn into_host(&self, matrix: CpuMatrix) -> Result<HostMatrix> {
+        let CpuMatrix { rows, cols, data } = matrix;
+        Ok(HostMatrix { rows, cols, data })
+    }
+
+    fn from_host(&self, matrix: HostMatrix) -> Result<CpuMatrix> {
+        let HostMatrix { rows, cols, data } = matrix;
+        let len = match &data {
+            HostData::F32(values) => values.len(),
+            HostData::Bf16(values) => values.len(),
+        };
+        if len != rows * cols {
+            return Err(shape_error("from_host", format!("{len} values for [{rows}, {cols}]")));
+        }
+        Ok(CpuMatrix { rows, cols, data })
+    }
+
+    fn measure_gemm_ceiling(&self) -> Result<f64> {
+        self.scope(|| linear::measure_ceiling(self.products))
+    }
+}

@@ -1,0 +1,215 @@
+//! The reference backend: every operation on the CPU's cores.
+//!
+//! Two arithmetics share all code but the matrix products: f32 through faer, and bf16 × bf16 with
+//! f32 sums through the kernels of this module where the processor has such instructions. The
+//! invariant is that a result depends on the inputs and the arithmetic only, never on the number
+//! of threads: work is cut into strips whose size follows from the shapes, each strip is computed
+//! by one thread in a fixed order, and partial results are combined in strip order.
+
+mod activation;
+mod attention;
+mod gram;
+mod linalg;
+mod linear;
+mod matrix;
+mod nll;
+mod norm;
+mod rope;
+mod select;
+mod simd;
+mod solve;
+mod sweep;
+
+use std::ops::Range;
+
+use rayon::ThreadPool;
+
+pub use linear::CpuWeight;
+pub use matrix::CpuMatrix;
+
+use super::{
+    Activation, AttentionShape, BackendError, BlockOps, Precision, Result, RopeTables, Selection,
+    SequenceLens, SolveOps, StatOps, SweepRule,
+};
+
+/// Element type and instructions of matrix products.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Products {
+    /// f32 through faer.
+    F32,
+}
+
+/// The CPU: a thread pool and the arithmetic of its matrix products.
+#[derive(Debug)]
+pub struct Cpu {
+    pool: ThreadPool,
+    products: Products,
+}
+
+impl std::fmt::Display for Products {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::F32 => f.write_str("f32 products"),
+        }
+    }
+}
+
+impl Cpu {
+    /// Starts `threads` threads (one per core when `None`) and chooses the arithmetic.
+    ///
+    /// # Errors
+    /// [`BackendError::PrecisionUnavailable`] for [`Precision::Bf16`] on a processor without bf16
+    /// products; [`BackendError::Threads`] when the threads cannot be started.
+    pub fn new(precision: Precision, threads: Option<usize>) -> Result<Self> {
+        let products = match precision {
+            Precision::Auto | Precision::F32 => Products::F32,
+            Precision::Bf16 => {
+                return Err(BackendError::PrecisionUnavailable {
+                    device: "the CPU".to_owned(),
+                    wanted: "bf16",
+                });
+            }
+        };
+        let threads = threads.unwrap_or(0);
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .thread_name(|index| format!("cpu-{index}"))
+            .build()
+            .map_err(|source| BackendError::Threads { threads, source })?;
+        Ok(Self { pool, products })
+    }
+
+    /// Runs `work` inside the thread pool, so that the operations it calls use these threads.
+    pub fn scope<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        self.pool.install(work)
+    }
+}
+
+impl BlockOps for Cpu {
+    fn prepare(&self, weights: &[&CpuMatrix]) -> Result<CpuWeight> {
+        linear::prepare(self.products, weights)
+    }
+
+    fn linear(
+        &self,
+        x: &CpuMatrix,
+        weight: &CpuWeight,
+        bias: Option<&CpuMatrix>,
+    ) -> Result<CpuMatrix> {
+        linear::linear(x, weight, bias)
+    }
+
+    fn rms_norm(&self, x: &CpuMatrix, gain: &CpuMatrix, eps: f32) -> Result<CpuMatrix> {
+        norm::rms_norm(self.products, x, gain, eps)
+    }
+
+    fn layer_norm(
+        &self,
+        x: &CpuMatrix,
+        gain: &CpuMatrix,
+        bias: &CpuMatrix,
+        eps: f32,
+    ) -> Result<CpuMatrix> {
+        norm::layer_norm(self.products, x, gain, bias, eps)
+    }
+
+    fn rope(
+        &self,
+        qkv: &mut CpuMatrix,
+        shape: &AttentionShape,
+        tables: &RopeTables,
+        lens: &SequenceLens,
+    ) -> Result<()> {
+        rope::rope(qkv, shape, tables, lens)
+    }
+
+    fn causal_attention(
+        &self,
+        qkv: &CpuMatrix,
+        shape: &AttentionShape,
+        lens: &SequenceLens,
+    ) -> Result<CpuMatrix> {
+        attention::causal_attention(self.products, qkv, shape, lens)
+    }
+
+    fn gated_activation(&self, gate_up: &CpuMatrix, activation: Activation) -> Result<CpuMatrix> {
+        activation::gated_activation(self.products, gate_up, activation)
+    }
+
+    fn activation(&self, x: &CpuMatrix, activation: Activation) -> Result<CpuMatrix> {
+        Ok(activation::activation(self.products, x, activation))
+    }
+
+    fn add_assign(&self, x: &mut CpuMatrix, y: &CpuMatrix) -> Result<()> {
+        activation::add_assign(x, y)
+    }
+
+    fn token_nll(&self, logits: &CpuMatrix, targets: &[u32]) -> Result<Vec<f64>> {
+        nll::token_nll(logits, targets)
+    }
+}
+
+impl StatOps for Cpu {
+    fn gram_accumulate(&self, h: &mut CpuMatrix, x: &CpuMatrix, scale: f32) -> Result<()> {
+        gram::gram_accumulate(self.products, h, x, scale)
+    }
+
+    fn column_sq_norm(&self, sums: &mut CpuMatrix, x: &CpuMatrix) -> Result<()> {
+        gram::column_sq_norm(sums, x)
+    }
+
+    fn count_non_finite_rows(&self, x: &CpuMatrix) -> Result<usize> {
+        Ok(gram::count_non_finite_rows(x))
+    }
+}
+
+impl SolveOps for Cpu {
+    fn diagonal(&self, h: &CpuMatrix) -> Result<Vec<f32>> {
+        solve::diagonal(h)
+    }
+
+    fn set_diagonal(&self, h: &mut CpuMatrix, entries: &[(usize, f32)]) -> Result<()> {
+        solve::set_diagonal(h, entries)
+    }
+
+    fn inverse_factor_upper(&self, h: &CpuMatrix, damp: f64) -> Result<CpuMatrix> {
+        solve::inverse_factor_upper(h, damp)
+    }
+
+    fn zero_columns(&self, w: &mut CpuMatrix, columns: &[usize]) -> Result<()> {
+        solve::zero_columns(w, columns)
+    }
+
+    fn zero_lowest(
+        &self,
+        w: &mut CpuMatrix,
+        scale: Option<&CpuMatrix>,
+        selection: Selection,
+    ) -> Result<()> {
+        select::zero_lowest(w, scale, selection)
+    }
+
+    fn obs_sweep(
+        &self,
+        w: &mut CpuMatrix,
+        u: &CpuMatrix,
+        columns: Range<usize>,
+        rule: SweepRule,
+    ) -> Result<CpuMatrix> {
+        sweep::obs_sweep(w, u, columns, rule)
+    }
+
+    fn trailing_update(
+        &self,
+        w: &mut CpuMatrix,
+        err: &CpuMatrix,
+        u: &CpuMatrix,
+        columns: Range<usize>,
+    ) -> Result<()> {
+        sweep::trailing_update(w, err, u, columns)
+    }
+
+    fn quadratic_form(&self, a: &CpuMatrix, b: Option<&CpuMatrix>, h: &CpuMatrix) -> Result<f64> {
+        solve::quadratic_form(a, b, h)
+    }
+}

@@ -1,0 +1,158 @@
+//! One column block of SparseGPT's Algorithm 1 and the lazy update after it.
+//!
+//! Rows are independent once the weights to zero are known, so a thread takes a strip of rows and
+//! keeps their part of the column block in its cache.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::CpuMatrix;
+use super::linalg::{self, Into, View, ViewMut};
+use super::matrix::{shape_error, strip_len};
+use super::select::{self, Lowest};
+use super::simd;
+use crate::backend::{Result, SweepRule};
+
+/// Rows of a strip: they share each row of `u` while it is in the cache.
+const SWEEP_STRIP: usize = 16;
+/// Rows of a strip of the lazy update.
+const UPDATE_STRIP: usize = 256;
+
+/// Columns of `u` and of the block.
+struct Block {
+    /// `u` inside the block, `[width, width]`.
+    u: Vec<f32>,
+    width: usize,
+}
+
+impl Block {
+    fn diagonal(&self, j: usize) -> f32 {
+        self.u[j * self.width + j]
+    }
+
+    /// `w² / u_jj²`, the error that zeroing the weight costs.
+    fn score(&self, w: f32, j: usize) -> u32 {
+        let err = w / self.diagonal(j);
+        select::order(err * err)
+    }
+}
+
+/// Zeroes weights of a column block and moves their errors to the right inside the block.
+pub(super) fn obs_sweep(
+    w: &mut CpuMatrix,
+    u: &CpuMatrix,
+    columns: Range<usize>,
+    rule: SweepRule,
+) -> Result<CpuMatrix> {
+    const OPERATION: &str = "obs_sweep";
+    let (rows, cols, width) = (w.rows, w.cols, columns.len());
+    u.expect_shape(OPERATION, cols, cols)?;
+    if columns.end > cols {
+        return Err(shape_error(OPERATION, format!("columns {columns:?} of {cols}")));
+    }
+    if let SweepRule::Group { m, .. } = rule
+        && (m == 0 || !width.is_multiple_of(m))
+    {
+        return Err(shape_error(OPERATION, format!("groups of {m} in {width} columns")));
+    }
+    let u = u.f32s(OPERATION)?;
+    let block = Block {
+        u: columns.clone().flat_map(|j| &u[j * cols..][columns.clone()]).copied().collect(),
+        width,
+    };
+    let w = w.f32s_mut(OPERATION)?;
+    // A compact copy of the block becomes the errors in place: column j is final once swept.
+    let mut work = vec![0.0; rows * width];
+    if width == 0 {
+        return Ok(CpuMatrix::from_f32(rows, width, work));
+    }
+    work.par_chunks_exact_mut(width).zip(w.par_chunks_exact(cols)).for_each(|(work, w)| {
+        work.copy_from_slice(&w[columns.clone()]);
+    });
+    let mut zero = vec![false; rows * width];
+    if let SweepRule::Lowest { zeros } = rule {
+        let lowest = Lowest::find(&work, width, zeros, |w, j| block.score(w, j));
+        lowest.mark(&work, &mut zero, width, |w, j| block.score(w, j));
+    }
+    let strip = strip_len(SWEEP_STRIP, width);
+    work.par_chunks_mut(strip)
+        .zip(zero.par_chunks_mut(strip))
+        .zip(w.par_chunks_mut(strip_len(SWEEP_STRIP, cols)))
+        .for_each(|((work, zero), w)| {
+            for j in 0..width {
+                let rows = work.chunks_exact_mut(width).zip(zero.chunks_exact_mut(width));
+                for ((work, zero), w) in rows.zip(w.chunks_exact_mut(cols)) {
+                    if let SweepRule::Group { zeros, m } = rule
+                        && j % m == 0
+                    {
+                        choose_in_group(&block, &work[j..j + m], j, zeros, &mut zero[j..j + m]);
+                    }
+                    w[columns.start + j] = sweep_column(&block, work, j, zero[j]);
+                }
+            }
+        });
+    Ok(CpuMatrix::from_f32(rows, width, work))
+}
+
+/// Sweeps column `j` of one row: leaves its error in `work[j]`, updates the columns to its right
+/// and returns the new weight.
+fn sweep_column(block: &Block, work: &mut [f32], j: usize, zero: bool) -> f32 {
+    if !zero {
+        return std::mem::replace(&mut work[j], 0.0);
+    }
+    let err = work[j] / block.diagonal(j);
+    work[j] = err;
+    if err != 0.0 {
+        let u = &block.u[j * block.width..][..block.width];
+        simd::axpy(-err, &u[j + 1..], &mut work[j + 1..]);
+    }
+    0.0
+}
+
+fn choose_in_group(block: &Block, w: &[f32], first: usize, zeros: usize, zero: &mut [bool]) {
+    let mut few = [0u32; 16];
+    let mut many = Vec::new();
+    let scores = match few.get_mut(..w.len()) {
+        Some(few) => few,
+        None => {
+            many.resize(w.len(), 0);
+            &mut many[..]
+        }
+    };
+    for (i, (score, w)) in scores.iter_mut().zip(w).enumerate() {
+        *score = block.score(*w, first + i);
+    }
+    select::lowest_of(scores, zeros, |i| zero[i] = true);
+}
+
+/// `w[:, end..] −= err · u[columns, end..]`.
+pub(super) fn trailing_update(
+    w: &mut CpuMatrix,
+    err: &CpuMatrix,
+    u: &CpuMatrix,
+    columns: Range<usize>,
+) -> Result<()> {
+    const OPERATION: &str = "trailing_update";
+    let (cols, width, end) = (w.cols, columns.len(), columns.end);
+    u.expect_shape(OPERATION, cols, cols)?;
+    err.expect_shape(OPERATION, w.rows, width)?;
+    if end > cols {
+        return Err(shape_error(OPERATION, format!("columns {columns:?} of {cols}")));
+    }
+    if end == cols || width == 0 {
+        return Ok(());
+    }
+    let (err, u) = (err.f32s(OPERATION)?, u.f32s(OPERATION)?);
+    let right = cols - end;
+    let u = View { data: &u[columns.start * cols + end..], rows: width, cols: right, stride: cols };
+    let w = w.f32s_mut(OPERATION)?;
+    w.par_chunks_mut(strip_len(UPDATE_STRIP, cols))
+        .zip(err.par_chunks(strip_len(UPDATE_STRIP, width)))
+        .for_each(|(w, err)| {
+            let rows = err.len() / width;
+            let w = ViewMut { data: &mut w[end..], rows, cols: right, stride: cols };
+            linalg::matmul_nn(w, Into::Add, View::dense(err, rows, width), u, -1.0);
+        });
+    Ok(())
+}
