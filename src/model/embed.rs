@@ -60,7 +60,7 @@ mod tests {
 
     #[test]
     fn embeddings_equal_the_reference_bit_by_bit() {
-        for name in ["llama-gqa", "llama-mha-tied", "qwen2", "opt"] {
+        for name in ["llama-gqa", "llama-mha-tied", "qwen2", "opt", "llama-gqa.gguf"] {
             let (source, ids, hidden) = fixture(name);
             assert_eq!(embed(&source, &ids).unwrap(), hidden, "{name}");
         }

@@ -11,6 +11,7 @@ mod error;
 mod roles;
 pub mod rope;
 pub mod source;
+pub mod tokenizer;
 
 pub use arch::Architecture;
 pub use config::ModelConfig;
@@ -18,3 +19,4 @@ pub use embed::embed;
 pub use error::{ModelError, Result};
 pub use roles::{CapturePoint, Role, Space};
 pub use source::ModelSource;
+pub use tokenizer::Tokenizer;

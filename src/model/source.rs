@@ -311,6 +311,17 @@ fn describe(reader: &dyn CheckpointReader) -> Result<(&'static Architecture, Mod
             let arch = Architecture::for_hf(config)?;
             Ok((arch, ModelConfig::from_hf(arch, config)?))
         }
+        ModelMetadata::Gguf(metadata) => {
+            let arch = Architecture::for_gguf(metadata.str("general.architecture")?)?;
+            let mut config = ModelConfig::from_gguf(arch, metadata, reader.tensors())?;
+            if let Some(rope) = &mut config.rope
+                && reader.tensors().get(GGUF_ROPE_FACTORS).is_some()
+            {
+                rope.factors = Some(reader.read_f32(GGUF_ROPE_FACTORS)?);
+                config.validate(arch.positions)?;
+            }
+            Ok((arch, config))
+        }
         _ => Err(ModelError::NoConfig { path: reader.path().to_owned() }),
     }
 }
@@ -532,6 +543,8 @@ mod tests {
             "mistral",
             "qwen2",
             "opt",
+            "llama-gqa.gguf",
+            "qwen2.gguf",
         ] {
             let source = open(name);
             let names: Vec<&str> = source.tensors().iter().map(|t| t.name.as_str()).collect();
@@ -582,6 +595,25 @@ mod tests {
         let names = source.linear(1, Role::UpProj).unwrap();
         assert_eq!(names.bias.as_deref(), Some("model.decoder.layers.1.fc1.bias"));
         assert_eq!(source.linear(1, Role::GateProj), None);
+    }
+
+    #[test]
+    fn gguf_and_hugging_face_files_of_a_model_decode_to_equal_tensors() {
+        for name in ["llama-gqa", "qwen2"] {
+            let (hf, gguf) = (open(name), open(&format!("{name}.gguf")));
+            assert_eq!(hf.tensors().len(), gguf.tensors().len());
+            assert_eq!(hf.config(), gguf.config());
+            for (a, b) in hf.tensors().iter().zip(gguf.tensors()) {
+                assert_eq!((&a.name, &a.shape, a.kind), (&b.name, &b.shape, b.kind));
+                let whole = gguf.read_f32(&b.name).unwrap();
+                assert_eq!(hf.read_f32(&a.name).unwrap(), whole, "{}", a.name);
+                let cols = a.shape.get(1).copied().unwrap_or(1);
+                let some = gguf.read_rows_f32(&b.name, 3..9).unwrap();
+                assert_eq!(some, whole[3 * cols..9 * cols], "{}", a.name);
+            }
+        }
+        let permuted = open("llama-gqa.gguf").tensors().iter().any(|t| t.permuted_heads == Some(2));
+        assert!(permuted, "k_proj has two heads in ggml's order");
     }
 
     #[test]

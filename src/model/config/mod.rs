@@ -5,6 +5,7 @@
 //! products of its dimensions do not overflow.
 
 mod counts;
+mod gguf;
 mod hf;
 
 use std::collections::BTreeSet;

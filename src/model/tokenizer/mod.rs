@@ -1,0 +1,160 @@
+//! Text to token ids, without special tokens: the same ids whether the vocabulary comes from a
+//! `tokenizer.json` or from a GGUF file.
+//!
+//! Text that looks like a special token is text. llama.cpp's ids for a GGUF file (with
+//! `parse_special` off) are the reference.
+
+mod gguf;
+
+use std::path::{Path, PathBuf};
+
+use sparsepack_formats::ModelMetadata;
+
+use super::error::{ModelError, Result};
+use super::source::ModelSource;
+
+/// File names beside a Hugging Face checkpoint that belong to its tokenizer and generation
+/// settings; `*` stands for any text.
+const SIDECARS: [&str; 10] = [
+    "tokenizer*.json",
+    "tokenizer*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "generation_config.json",
+    "chat_template*",
+    "preprocessor_config.json",
+];
+
+/// A file to put beside the weights of a converted checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sidecar {
+    /// Its name.
+    pub name: String,
+    /// What goes in.
+    pub content: SidecarContent,
+}
+
+/// What goes into a [`Sidecar`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SidecarContent {
+    /// A copy of this file.
+    Copy(PathBuf),
+    /// These bytes.
+    Bytes(Vec<u8>),
+}
+
+/// A model's tokenizer.
+#[derive(Debug)]
+pub struct Tokenizer {
+    path: PathBuf,
+    inner: tokenizers::Tokenizer,
+}
+
+impl Tokenizer {
+    /// The tokenizer of a checkpoint: `tokenizer.json` of its directory, or the vocabulary of a
+    /// GGUF file.
+    ///
+    /// # Errors
+    /// [`ModelError::NoTokenizer`]; a tokenizer that cannot be built, or of a kind that is not
+    /// supported, by name.
+    pub fn open(source: &ModelSource) -> Result<Self> {
+        match source.reader().metadata() {
+            ModelMetadata::HuggingFace { directory, .. } => {
+                Self::from_file(&directory.join("tokenizer.json"))
+            }
+            ModelMetadata::Gguf(metadata) => {
+                let inner = gguf::build(source.path(), metadata)?;
+                Ok(Self::new(source.path(), inner))
+            }
+            _ => Err(ModelError::NoTokenizer { path: source.path().join("tokenizer.json") }),
+        }
+    }
+
+    /// Reads a `tokenizer.json`.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn from_file(path: &Path) -> Result<Self> {
+        if !path.is_file() {
+            return Err(ModelError::NoTokenizer { path: path.to_owned() });
+        }
+        let inner = tokenizers::Tokenizer::from_file(path).map_err(|error| defect(path, &error))?;
+        Ok(Self::new(path, inner))
+    }
+
+    fn new(path: &Path, mut inner: tokenizers::Tokenizer) -> Self {
+        // Settings for batches of prompts, which a file may carry, must not cut a text.
+        inner.with_padding(None);
+        let _ = inner.with_truncation(None);
+        inner.set_encode_special_tokens(true);
+        Self { path: path.to_owned(), inner }
+    }
+
+    /// Token ids of `text`, with no special tokens added or recognized.
+    ///
+    /// # Errors
+    /// [`ModelError::Tokenizer`] when the vocabulary lacks what the text needs.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding =
+            self.inner.encode_fast(text, false).map_err(|error| defect(&self.path, &error))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Number of tokens, added ones included.
+    pub fn vocab_size(&self) -> usize {
+        self.inner.get_vocab_size(true)
+    }
+}
+
+/// The files that make a converted checkpoint usable: those beside a Hugging Face checkpoint,
+/// copied, or those that transformers needs for what a GGUF file holds. Sorted by name.
+///
+/// # Errors
+/// A directory that cannot be read; a GGUF tokenizer that is not supported, by name.
+pub fn sidecars(source: &ModelSource) -> Result<Vec<Sidecar>> {
+    let mut found = match source.reader().metadata() {
+        ModelMetadata::HuggingFace { directory, .. } => copies(directory)?,
+        ModelMetadata::Gguf(metadata) => gguf::sidecars(source, metadata)?,
+        _ => Vec::new(),
+    };
+    found.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(found)
+}
+
+/// Plain files of `directory` that [`SIDECARS`] names, links to files included: a hub cache is made
+/// of them.
+fn copies(directory: &Path) -> Result<Vec<Sidecar>> {
+    let failed = |source| ModelError::Io {
+        path: directory.to_owned(),
+        action: "list the directory",
+        source,
+    };
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(directory).map_err(failed)? {
+        let path = entry.map_err(failed)?.path();
+        let name = path.file_name().and_then(std::ffi::OsStr::to_str).unwrap_or_default();
+        if path.is_file() && SIDECARS.iter().any(|pattern| matches_pattern(name, pattern)) {
+            found.push(Sidecar { name: name.to_owned(), content: SidecarContent::Copy(path) });
+        }
+    }
+    Ok(found)
+}
+
+fn matches_pattern(name: &str, pattern: &str) -> bool {
+    match pattern.split_once('*') {
+        None => name == pattern,
+        Some((start, end)) => {
+            name.len() >= start.len() + end.len() && name.starts_with(start) && name.ends_with(end)
+        }
+    }
+}
+
+fn defect(path: &Path, error: &tokenizers::Error) -> ModelError {
+    ModelError::Tokenizer { path: path.to_owned(), reason: error.to_string() }
+}
+
+#[cfg(test)]
+mod tests;
