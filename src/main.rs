@@ -1,1 +1,7 @@
-fn main() {}
+//! The `sparsepack` binary: parse, run, report, exit.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    sparsepack::cli::main()
+}

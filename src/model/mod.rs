@@ -5,6 +5,7 @@
 //! the shape that [`ModelConfig`] says, whatever the container and naming of the file.
 
 pub mod arch;
+mod block;
 pub mod config;
 mod embed;
 mod error;
@@ -13,10 +14,11 @@ pub mod rope;
 pub mod source;
 pub mod tokenizer;
 
-pub use arch::Architecture;
+pub use arch::{Architecture, MlpKind, NormKind};
+pub use block::{Activations, Block, BlockGeometry, Linears, Norm};
 pub use config::ModelConfig;
 pub use embed::embed;
 pub use error::{ModelError, Result};
 pub use roles::{CapturePoint, Role, Space};
-pub use source::ModelSource;
-pub use tokenizer::Tokenizer;
+pub use source::{LayerNames, ModelSource, ModelTensor, TensorKind};
+pub use tokenizer::{Sidecar, SidecarContent, Tokenizer, sidecars};

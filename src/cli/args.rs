@@ -1,0 +1,258 @@
+//! Groups of arguments that several commands share, and what they resolve to.
+
+use std::{ops::Range, path::PathBuf};
+
+use clap::{Args, ValueEnum, ValueHint};
+
+use super::CliError;
+use crate::{
+    backend::{Device, DeviceOptions, Precision},
+    compress::{Method, Sparsity},
+    recipe::{
+        OutputFormat, PruneRecipe, Recipe, RecipeError, Selector, Sequential, WeightDType,
+    },
+};
+
+/// Where the arithmetic runs.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Device")]
+pub(super) struct DeviceArgs {
+    /// Device to compute on.
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    device: DeviceChoice,
+    /// Arithmetic of matrix products.
+    #[arg(long, value_name = "TYPE", default_value = "auto")]
+    compute: Compute,
+    /// CPU threads; all cores by default.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    threads: Option<u16>,
+}
+
+/// `--device`.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum DeviceChoice {
+    /// The best device this build can use: the CPU.
+    Auto,
+    /// The CPU.
+    Cpu,
+}
+
+/// `--compute`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum Compute {
+    /// bf16 products with f32 sums where the processor has them, else f32.
+    Auto,
+    /// f32 products throughout.
+    F32,
+    /// bf16 products with f32 sums, or an error.
+    Bf16,
+}
+
+impl DeviceArgs {
+    pub(super) fn resolve(&self) -> DeviceOptions {
+        let device = match self.device {
+            DeviceChoice::Auto | DeviceChoice::Cpu => Device::Cpu,
+        };
+        let precision = match self.compute {
+            Compute::Auto => Precision::Auto,
+            Compute::F32 => Precision::F32,
+            Compute::Bf16 => Precision::Bf16,
+        };
+        DeviceOptions { device, precision, threads: self.threads.map(usize::from) }
+    }
+}
+
+/// What to do with the model: flags override the recipe.
+#[derive(Debug, Args)]
+pub(super) struct RecipeArgs {
+    /// Recipe in TOML, or the manifest.json of an earlier run; flags override it.
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    recipe: Option<PathBuf>,
+
+    #[command(flatten)]
+    prune: PruneArgs,
+
+    #[command(flatten)]
+    calibration: CalibrationArgs,
+
+    #[command(flatten)]
+    output: FormatArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Pruning")]
+struct PruneArgs {
+    /// How weights are chosen.
+    #[arg(long, value_name = "METHOD")]
+    prune: Option<MethodChoice>,
+    /// Kept:group like 2:4, or a percentage of zeros like 50%.
+    #[arg(long, value_name = "SPARSITY")]
+    sparsity: Option<Sparsity>,
+    /// Order inside a block: stage by stage, or the whole block at once.
+    #[arg(long, value_name = "ORDER")]
+    sequential: Option<Sequential>,
+    /// Layers to prune: Linear, a role (down_proj), a name, re:PATTERN, blocks:0..8.
+    #[arg(long, value_name = "SELECTOR", value_delimiter = ',')]
+    targets: Vec<Selector>,
+    /// Layers to leave dense, selected the same way.
+    #[arg(long, value_name = "SELECTOR", value_delimiter = ',')]
+    ignore: Vec<Selector>,
+    /// Prune these blocks only, for trials.
+    #[arg(long, value_name = "RANGE", value_parser = crate::recipe::parse_range)]
+    blocks: Option<Range<usize>>,
+}
+
+/// `--prune`.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum MethodChoice {
+    /// Optimal-brain-surgeon sweep that also updates the kept weights.
+    Sparsegpt,
+    /// Lowest |w| times input norm in each row.
+    Wanda,
+    /// Lowest |w|; needs no calibration.
+    Magnitude,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Calibration")]
+struct CalibrationArgs {
+    /// Calibration text: .txt, or .jsonl with a "text" key per line.
+    #[arg(long = "calibration", value_name = "FILE", value_hint = ValueHint::FilePath)]
+    file: Option<PathBuf>,
+    /// Calibration windows [default: 128].
+    #[arg(long, value_name = "N")]
+    samples: Option<usize>,
+    /// Tokens of a window [default: 2048].
+    #[arg(long, value_name = "TOKENS")]
+    seq_len: Option<usize>,
+    /// Random windows with this seed, instead of windows in order from the start.
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Output")]
+struct FormatArgs {
+    /// Container and encoding [default: safetensors].
+    #[arg(long, value_name = "FORMAT")]
+    format: Option<OutputFormat>,
+    /// Element type of weights [default: the source's; bf16 for GGUF].
+    #[arg(long, value_name = "TYPE")]
+    dtype: Option<WeightDType>,
+}
+
+impl RecipeArgs {
+    /// The recipe file with the flags on top, and the blocks to prune.
+    pub(super) fn resolve(&self) -> Result<(Recipe, Option<Range<usize>>), CliError> {
+        let mut recipe = match &self.recipe {
+            Some(path) => Recipe::read(path)?,
+            None => Recipe::default(),
+        };
+        self.prune.apply(&mut recipe)?;
+        let calibration = &mut recipe.calibration;
+        let flags = &self.calibration;
+        calibration.file = flags.file.clone().or(calibration.file.take());
+        calibration.samples = flags.samples.unwrap_or(calibration.samples);
+        calibration.seq_len = flags.seq_len.unwrap_or(calibration.seq_len);
+        calibration.seed = flags.seed.or(calibration.seed);
+        if calibration.file.is_none()
+            && (flags.samples.is_some() || flags.seq_len.is_some() || flags.seed.is_some())
+        {
+            return Err(CliError::Usage(
+                "--samples, --seq-len and --seed describe a calibration text, but none is given \
+                 with --calibration"
+                    .to_owned(),
+            ));
+        }
+        recipe.output.format = self.output.format.or(recipe.output.format);
+        recipe.output.dtype = self.output.dtype.or(recipe.output.dtype);
+        Ok((recipe, self.prune.blocks.clone()))
+    }
+}
+
+impl PruneArgs {
+    fn apply(&self, recipe: &mut Recipe) -> Result<(), CliError> {
+        let method = self.prune.map(|choice| match choice {
+            MethodChoice::Sparsegpt => Method::SparseGpt,
+            MethodChoice::Wanda => Method::Wanda,
+            MethodChoice::Magnitude => Method::Magnitude,
+        });
+        if recipe.prune.is_none() {
+            match (method, self.sparsity) {
+                (Some(method), Some(sparsity)) => {
+                    recipe.prune = Some(PruneRecipe::new(method, sparsity));
+                }
+                (Some(_), None) => {
+                    return Err(CliError::Usage(
+                        "--prune needs --sparsity, for example --sparsity 2:4".to_owned(),
+                    ));
+                }
+                (None, _) => {
+                    let stray = [
+                        ("--sparsity", self.sparsity.is_some()),
+                        ("--sequential", self.sequential.is_some()),
+                        ("--targets", !self.targets.is_empty()),
+                        ("--ignore", !self.ignore.is_empty()),
+                        ("--blocks", self.blocks.is_some()),
+                    ];
+                    return match stray.into_iter().find(|(_, given)| *given) {
+                        Some((flag, _)) => Err(RecipeError::Contradiction {
+                            what: format!("{flag} is about pruning, but no --prune METHOD is given"),
+                        }
+                        .into()),
+                        None => Ok(()),
+                    };
+                }
+            }
+        }
+        if let Some(prune) = &mut recipe.prune {
+            prune.method = method.unwrap_or(prune.method);
+            prune.sparsity = self.sparsity.unwrap_or(prune.sparsity);
+            prune.sequential = self.sequential.unwrap_or(prune.sequential);
+            if !self.targets.is_empty() {
+                prune.targets.clone_from(&self.targets);
+            }
+            if !self.ignore.is_empty() {
+                prune.ignore.clone_from(&self.ignore);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Parses a size like `8GiB`, `500MB` or `1048576`.
+///
+/// # Errors
+/// What is wrong, in words.
+pub(super) fn parse_bytes(text: &str) -> Result<u64, String> {
+    let split = text.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let number: f64 = number.parse().map_err(|_| "write a size like 8GiB or 500MB".to_owned())?;
+    let factor: f64 = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "k" | "kb" => 1e3,
+        "m" | "mb" => 1e6,
+        "g" | "gb" => 1e9,
+        "t" | "tb" => 1e12,
+        "kib" => 1024.0,
+        "mib" => 1024.0 * 1024.0,
+        "gib" => 1024.0 * 1024.0 * 1024.0,
+        "tib" => 1024.0 * 1024.0 * 1024.0 * 1024.0,
+        other => return Err(format!("`{other}` is not a unit; write KiB, MiB, GiB, KB, MB or GB")),
+    };
+    Ok((number * factor) as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parse_bytes;
+
+    #[test]
+    fn sizes_parse_with_binary_and_decimal_units() {
+        assert_eq!(parse_bytes("8GiB"), Ok(8 << 30));
+        assert_eq!(parse_bytes("1.5MB"), Ok(1_500_000));
+        assert_eq!(parse_bytes("4096"), Ok(4096));
+        assert!(parse_bytes("8GX").is_err());
+        assert!(parse_bytes("many").is_err());
+    }
+}

@@ -1,0 +1,356 @@
+//! Results as text for people, and as JSON for programs.
+
+use std::{
+    error::Error,
+    io::{self, Write},
+    path::Path,
+};
+
+use serde::Serialize;
+
+use super::{
+    CliError,
+    eval::EvalReport,
+    inspect::{Summary, TensorSummary},
+};
+use crate::{
+    model::ModelSource,
+    pipeline::{
+        ConversionPlan, Converted, Phase, PhaseTimes, Totals, VerifyReport, resident_bytes,
+    },
+};
+
+/// Findings shown before the rest is only counted.
+const MAX_FINDINGS: usize = 20;
+
+/// Writes `value` as JSON to standard output.
+pub(super) fn json<T: Serialize>(value: &T) -> Result<(), CliError> {
+    let mut out = io::stdout().lock();
+    serde_json::to_writer_pretty(&mut out, value)?;
+    out.write_all(b"\n")?;
+    Ok(())
+}
+
+/// Writes an error and its causes to standard error.
+pub(super) fn error(error: &CliError) {
+    let mut text = format!("error: {error}");
+    let mut cause = error.source();
+    while let Some(source) = cause {
+        let next = source.to_string();
+        // Transparent variants repeat their source's message.
+        if !text.ends_with(&next) {
+            text.push_str(": ");
+            text.push_str(&next);
+        }
+        cause = source.source();
+    }
+    // Nothing is left to do when standard error is gone.
+    let _ = writeln!(io::stderr().lock(), "{text}");
+}
+
+/// `1234567` as `1.2 MB`.
+pub(super) fn bytes(bytes: u64) -> String {
+    let mut value = bytes as f64;
+    for unit in ["B", "kB", "MB", "GB", "TB"] {
+        if value < 1000.0 || unit == "TB" {
+            let decimals = usize::from(unit != "B" && value < 100.0);
+            return format!("{value:.decimals$} {unit}");
+        }
+        value /= 1000.0;
+    }
+    unreachable!("the last unit returns")
+}
+
+/// `1234567` as `1,234,567`.
+fn count(number: u64) -> String {
+    let digits = number.to_string();
+    let mut out = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
+fn ratio(part: u64, whole: u64) -> f64 {
+    100.0 * part as f64 / whole.max(1) as f64
+}
+
+/// A finished conversion as JSON.
+#[derive(Debug, Serialize)]
+pub(super) struct ConvertedJson<'a> {
+    totals: &'a Totals,
+    seconds: f64,
+    peak_rss_bytes: Option<u64>,
+    compute: &'a str,
+    gemm_ceiling_flops_per_sec: Option<f64>,
+    phases: Vec<PhaseJson>,
+}
+
+#[derive(Debug, Serialize)]
+struct PhaseJson {
+    phase: Phase,
+    seconds: f64,
+    flops: f64,
+}
+
+impl<'a> ConvertedJson<'a> {
+    pub(super) fn new(converted: &'a Converted) -> Self {
+        Self {
+            totals: &converted.manifest.totals,
+            seconds: converted.secs,
+            peak_rss_bytes: resident_bytes().map(|(_, peak)| peak),
+            compute: &converted.manifest.device,
+            gemm_ceiling_flops_per_sec: converted.gemm_ceiling,
+            phases: converted
+                .times
+                .iter()
+                .map(|(phase, cost)| PhaseJson { phase, seconds: cost.secs, flops: cost.flops })
+                .collect(),
+        }
+    }
+}
+
+/// The table at the end of a conversion.
+pub(super) fn converted(
+    out: &Path,
+    plan: &ConversionPlan,
+    converted: &Converted,
+) -> Result<(), CliError> {
+    let totals = &converted.manifest.totals;
+    let mut text = io::stdout().lock();
+    writeln!(text, "wrote {}", out.display())?;
+    writeln!(
+        text,
+        "  all tensors     {:>10} -> {:>10}  ({:.1}% of dense)",
+        bytes(totals.dense_bytes),
+        bytes(totals.bytes),
+        ratio(totals.bytes, totals.dense_bytes)
+    )?;
+    if totals.pruned_parameters > 0 {
+        writeln!(
+            text,
+            "  pruned tensors  {:>10} -> {:>10}  ({:.2}% of dense)",
+            bytes(totals.pruned_dense_bytes),
+            bytes(totals.pruned_bytes),
+            ratio(totals.pruned_bytes, totals.pruned_dense_bytes)
+        )?;
+        writeln!(
+            text,
+            "  kept weights    {} of {} in pruned layers ({:.2}%)",
+            count(totals.pruned_parameters - totals.zeroed),
+            count(totals.pruned_parameters),
+            ratio(totals.pruned_parameters - totals.zeroed, totals.pruned_parameters)
+        )?;
+    }
+    writeln!(text, "  source          {:>10}", bytes(plan.source_bytes))?;
+    phases(&mut text, &converted.times, converted.gemm_ceiling, converted.secs)?;
+    if let Some((_, peak)) = resident_bytes() {
+        writeln!(text, "  peak memory     {:>10}  (planned {})", bytes(peak), bytes(plan.budget.peak_bytes))?;
+    }
+    writeln!(text, "  computed on     {}", converted.manifest.device)?;
+    Ok(())
+}
+
+fn phases(
+    text: &mut impl Write,
+    times: &PhaseTimes,
+    ceiling: Option<f64>,
+    total: f64,
+) -> io::Result<()> {
+    writeln!(text, "  phase            seconds   share    GFLOP/s  of GEMM ceiling")?;
+    let mut accounted = 0.0;
+    for (phase, cost) in times.iter().filter(|(_, cost)| cost.secs > 0.0) {
+        accounted += cost.secs;
+        write!(text, "    {:<12} {:>9.2}  {:>5.1}%", phase.name(), cost.secs, 100.0 * cost.secs / total)?;
+        if cost.flops > 0.0 {
+            let rate = cost.flops / cost.secs;
+            write!(text, "  {:>9.1}", rate / 1e9)?;
+            if let Some(ceiling) = ceiling {
+                write!(text, "  {:>5.1}%", 100.0 * rate / ceiling)?;
+            }
+        }
+        writeln!(text)?;
+    }
+    let rest = (total - accounted).max(0.0);
+    writeln!(text, "    {:<12} {:>9.2}  {:>5.1}%", "other", rest, 100.0 * rest / total)?;
+    write!(text, "    {:<12} {:>9.2}  100.0%", "all", total)?;
+    if times.flops() > 0.0 {
+        write!(text, "  {:>9.1}", times.flops() / total / 1e9)?;
+        if let Some(ceiling) = ceiling {
+            write!(text, "  {:>5.1}%  (ceiling {:.1})", 100.0 * times.flops() / total / ceiling, ceiling / 1e9)?;
+        }
+    }
+    writeln!(text)
+}
+
+/// What a conversion would do.
+pub(super) fn plan(source: &ModelSource, plan: &ConversionPlan) -> Result<(), CliError> {
+    let config = source.config();
+    let mut text = io::stdout().lock();
+    writeln!(
+        text,
+        "{}: {}, {} blocks, hidden size {}, {} parameters",
+        source.path().display(),
+        source.arch().hf_class,
+        config.num_hidden_layers,
+        config.hidden_size,
+        count(config.parameters(source.arch()).total())
+    )?;
+    let layers: Vec<_> = plan.blocks.iter().flat_map(|block| &block.layers).collect();
+    match &plan.recipe.prune {
+        Some(prune) => writeln!(
+            text,
+            "  prune           {} layers of {} blocks, {} {}",
+            layers.len(),
+            plan.blocks.iter().filter(|block| !block.layers.is_empty()).count(),
+            prune.method.name(),
+            prune.sparsity
+        )?,
+        None => writeln!(text, "  prune           nothing")?,
+    }
+    let calibration = &plan.recipe.calibration;
+    if let Some(file) = &calibration.file {
+        let order = match calibration.seed {
+            Some(seed) => format!("random, seed {seed}"),
+            None => "in order".to_owned(),
+        };
+        writeln!(
+            text,
+            "  calibration     {} windows of {} tokens of {}, {order}",
+            calibration.samples,
+            calibration.seq_len,
+            file.display()
+        )?;
+    }
+    let shards = plan.shards().len();
+    writeln!(
+        text,
+        "  output          {} in {shards} file{} ({:.1}% of the source's {})",
+        bytes(plan.output_bytes),
+        if shards == 1 { "" } else { "s" },
+        ratio(plan.output_bytes, plan.source_bytes),
+        bytes(plan.source_bytes)
+    )?;
+    let budget = &plan.budget;
+    writeln!(
+        text,
+        "  peak memory     {} (activations {}, one block {}, Hessians {}, one batch {})",
+        bytes(budget.peak_bytes),
+        bytes(budget.hidden_bytes),
+        bytes(budget.block_bytes),
+        bytes(budget.statistics_bytes),
+        bytes(budget.batch_bytes)
+    )?;
+    writeln!(text, "  arithmetic      {:.3e} FLOP", plan.flops)?;
+    Ok(())
+}
+
+/// What a checkpoint holds.
+pub(super) fn inspect(path: &Path, summary: &Summary) -> Result<(), CliError> {
+    let mut text = io::stdout().lock();
+    let optional = |value: Option<usize>| value.map_or("-".to_owned(), |value| value.to_string());
+    writeln!(
+        text,
+        "{}: {}, {} blocks, hidden size {}, vocabulary {}",
+        path.display(),
+        summary.architecture.as_deref().unwrap_or("tensors without a configuration"),
+        optional(summary.blocks),
+        optional(summary.hidden_size),
+        optional(summary.vocab_size)
+    )?;
+    write!(
+        text,
+        "{} parameters in {} tensors, {} ({:.2} bits a weight)",
+        count(summary.parameters),
+        summary.tensors.len(),
+        bytes(summary.stored_bytes),
+        summary.stored_bytes as f64 * 8.0 / summary.parameters.max(1) as f64
+    )?;
+    if let Some(sparsity) = summary.linear_sparsity {
+        write!(text, ", linears {:.2}% zero", 100.0 * sparsity)?;
+    }
+    writeln!(text)?;
+    let width = summary.tensors.iter().map(|tensor| tensor.name.len()).max().unwrap_or(0);
+    for tensor in &summary.tensors {
+        inspect_tensor(&mut text, tensor, width)?;
+    }
+    Ok(())
+}
+
+fn inspect_tensor(text: &mut impl Write, tensor: &TensorSummary, width: usize) -> io::Result<()> {
+    let shape = tensor.shape.iter().map(usize::to_string).collect::<Vec<_>>().join(" x ");
+    write!(
+        text,
+        "{:<width$}  {:<9} {:>14} {:>10}",
+        tensor.name,
+        tensor.encoding.to_string(),
+        shape,
+        bytes(tensor.stored_bytes)
+    )?;
+    if let Some(sparsity) = tensor.sparsity.filter(|&sparsity| sparsity > 0.0) {
+        write!(text, "  {:>6.2}% zero", 100.0 * sparsity)?;
+    }
+    if let Some(pattern) = &tensor.pattern {
+        write!(text, "  {pattern}")?;
+    }
+    writeln!(text)
+}
+
+/// A measured perplexity with its protocol.
+pub(super) fn eval(report: &EvalReport) -> Result<(), CliError> {
+    let mut text = io::stdout().lock();
+    let perplexity = &report.perplexity;
+    writeln!(text, "perplexity {:.4}", perplexity.perplexity)?;
+    writeln!(
+        text,
+        "  protocol        {}: {} tokens, {} windows of {} without overlap, {} predicted, no BOS",
+        report.text,
+        count(perplexity.text_tokens as u64),
+        perplexity.windows,
+        perplexity.window,
+        count(perplexity.predicted_tokens as u64)
+    )?;
+    writeln!(text, "  parameters      {}", count(report.parameters))?;
+    writeln!(text, "  stored          {}", bytes(report.stored_bytes))?;
+    writeln!(text, "  FLOPs a token   {} (dense, half a window of context)", count(report.flops_per_token))?;
+    writeln!(text, "  computed on     {}", report.compute)?;
+    Ok(())
+}
+
+/// What a verification found.
+pub(super) fn verify(path: &Path, report: &VerifyReport) -> Result<(), CliError> {
+    let mut text = io::stdout().lock();
+    for finding in report.findings.iter().take(MAX_FINDINGS) {
+        writeln!(text, "{}: {}", finding.subject, finding.what)?;
+    }
+    if report.findings.len() > MAX_FINDINGS {
+        writeln!(text, "... and {} more", report.findings.len() - MAX_FINDINGS)?;
+    }
+    let compared = match report.compared {
+        0 => String::new(),
+        compared => format!(", {compared} compared"),
+    };
+    writeln!(
+        text,
+        "{}: {} of {} tensors checked, {} hashed{compared}: {}",
+        path.display(),
+        report.checked,
+        report.tensors,
+        bytes(report.bytes),
+        match report.findings.len() {
+            0 => "all as promised".to_owned(),
+            1 => "1 mismatch".to_owned(),
+            n => format!("{n} mismatches"),
+        }
+    )?;
+    Ok(())
+}
+
+/// A finished unpacking.
+pub(super) fn unpacked(out: &Path, written: u64) -> Result<(), CliError> {
+    writeln!(io::stdout().lock(), "wrote {} ({} of tensors)", out.display(), bytes(written))?;
+    Ok(())
+}

@@ -1,0 +1,50 @@
+//! Magnitude pruning: the lowest `|w|` of a layer, without calibration.
+
+use std::time::Instant;
+
+use super::{Layer, LayerReport, LayerSolver, SolveError, SolveTimes, Solved};
+use crate::{
+    backend::Backend,
+    calibration::{StatKind, Statistic},
+};
+
+/// Zeroes the lowest `|w|`, layer by layer (or group by group for n:m).
+#[derive(Debug, Clone, Copy)]
+pub struct Magnitude;
+
+impl<B: Backend> LayerSolver<B> for Magnitude {
+    fn needs(&self) -> StatKind {
+        StatKind::None
+    }
+
+    fn solve(
+        &self,
+        b: &B,
+        layers: Vec<Layer<B>>,
+        _: &mut Statistic<B>,
+        times: &mut SolveTimes,
+    ) -> Result<Vec<Solved<B>>, SolveError> {
+        let start = Instant::now();
+        let solved = layers
+            .into_iter()
+            .map(|mut layer| {
+                let (rows, cols) = b.shape(&layer.weight);
+                super::check_groups(&layer.name, layer.sparsity, cols)?;
+                b.zero_lowest(&mut layer.weight, None, layer.sparsity.per_tensor(rows, cols))?;
+                Ok(Solved {
+                    weight: layer.weight,
+                    report: LayerReport {
+                        layer: layer.name,
+                        weights: (rows * cols) as u64,
+                        zeroed: layer.sparsity.zeros_of(rows * cols) as u64,
+                        relative_error: None,
+                        damp: None,
+                        dead_features: 0,
+                    },
+                })
+            })
+            .collect();
+        times.sweep_secs += start.elapsed().as_secs_f64();
+        solved
+    }
+}

@@ -1,0 +1,224 @@
+//! Solvers: which weights of a layer become zero, and what the others become.
+//!
+//! A solver sees one capture point at a time: the statistic of an input and the layers that share
+//! it. It never sees a file, a path or a command line.
+
+mod magnitude;
+mod sparsegpt;
+mod sparsity;
+mod wanda;
+
+pub use magnitude::Magnitude;
+pub use sparsegpt::{SparseGpt, column_blocks, sweep_layer};
+pub use sparsity::{ParseSparsityError, Sparsity};
+pub use wanda::Wanda;
+
+use crate::{
+    backend::{Backend, BackendError},
+    calibration::{StatKind, Statistic},
+};
+
+/// One layer to solve.
+#[derive(Debug)]
+pub struct Layer<B: Backend> {
+    /// Module name, for reports and errors.
+    pub name: String,
+    /// `[out_features, in_features]`, f32.
+    pub weight: B::Matrix,
+    /// What to reach.
+    pub sparsity: Sparsity,
+}
+
+/// One layer solved.
+#[derive(Debug)]
+pub struct Solved<B: Backend> {
+    /// The pruned weight, f32.
+    pub weight: B::Matrix,
+    /// What it cost.
+    pub report: LayerReport,
+}
+
+/// What solving a layer cost.
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct LayerReport {
+    /// Module name.
+    pub layer: String,
+    /// Weights of the layer.
+    pub weights: u64,
+    /// Weights set to zero by the solver's selection.
+    pub zeroed: u64,
+    /// `‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖²` over the calibration tokens; absent for data-free methods. For
+    /// Wanda, which keeps only feature norms, the diagonal part of it.
+    pub relative_error: Option<f64>,
+    /// Damping added to the Hessian, as a fraction of its mean diagonal.
+    pub damp: Option<f64>,
+    /// Input features that were zero on every calibration token.
+    pub dead_features: usize,
+}
+
+/// Why a layer could not be solved.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SolveError {
+    /// The pattern does not fit the layer.
+    #[error("{layer}: {cols} columns do not divide into groups of {m}")]
+    GroupSize {
+        /// Module name.
+        layer: String,
+        /// Columns of the weight.
+        cols: usize,
+        /// Group width.
+        m: usize,
+    },
+    /// The Hessian stayed indefinite at every damping tried.
+    #[error("{layer}: the Hessian is not positive definite at pivot {pivot} even with damping {damp} of its mean diagonal; more calibration text or a higher damping may help")]
+    NotPositiveDefinite {
+        /// The first layer that shares the Hessian.
+        layer: String,
+        /// First pivot that is not positive.
+        pivot: usize,
+        /// The last damping tried.
+        damp: f64,
+    },
+    /// Calibration gave no usable token.
+    #[error("{layer}: all {tokens} calibration tokens have NaN or infinite features")]
+    NoFiniteTokens {
+        /// Module name.
+        layer: String,
+        /// Tokens seen.
+        tokens: usize,
+    },
+    /// The solver was given another statistic than it needs: a defect of the caller.
+    #[error("{layer}: the solver needs {needed:?}, the statistic is {found:?}")]
+    WrongStatistic {
+        /// Module name.
+        layer: String,
+        /// What the solver asked for.
+        needed: StatKind,
+        /// What it was given.
+        found: StatKind,
+    },
+    /// Device failure.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+}
+
+/// Seconds a solver spent, by kind of work.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct SolveTimes {
+    /// Factorising the Hessian.
+    pub factor_secs: f64,
+    /// Choosing weights and updating the others.
+    pub sweep_secs: f64,
+    /// Measuring the output error.
+    pub error_secs: f64,
+}
+
+/// Chooses mask and values of the layers that share an input.
+pub trait LayerSolver<B: Backend>: Send + Sync {
+    /// The statistic that [`solve`](Self::solve) wants.
+    fn needs(&self) -> StatKind;
+
+    /// Solves every layer; results in the same order. `times` is added to.
+    ///
+    /// # Errors
+    /// [`SolveError`] naming the layer.
+    fn solve(
+        &self,
+        b: &B,
+        layers: Vec<Layer<B>>,
+        statistic: &mut Statistic<B>,
+        times: &mut SolveTimes,
+    ) -> Result<Vec<Solved<B>>, SolveError>;
+}
+
+/// The pruning methods by name.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Method {
+    /// Lowest `|w|` of the layer; no calibration.
+    Magnitude,
+    /// Lowest `|w| · ‖x_j‖` of each row; weights are not updated.
+    Wanda,
+    /// Optimal-brain-surgeon sweep with weight update.
+    #[serde(rename = "sparsegpt")]
+    SparseGpt,
+}
+
+impl Method {
+    /// What calibration must collect for this method.
+    pub fn needs(self) -> StatKind {
+        match self {
+            Self::Magnitude => StatKind::None,
+            Self::Wanda => StatKind::ColumnNorm,
+            Self::SparseGpt => StatKind::Hessian,
+        }
+    }
+
+    /// The name used on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Magnitude => "magnitude",
+            Self::Wanda => "wanda",
+            Self::SparseGpt => "sparsegpt",
+        }
+    }
+}
+
+/// Settings of the solvers; the defaults are SparseGPT's.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SolverOptions {
+    /// Damping as a fraction of the Hessian's mean diagonal (SparseGPT §4: 0.01).
+    pub damp: f64,
+    /// Columns between lazy updates (SparseGPT §4: 128).
+    pub column_block: usize,
+}
+
+impl Default for SolverOptions {
+    fn default() -> Self {
+        Self { damp: 0.01, column_block: 128 }
+    }
+}
+
+/// The solver of a method.
+pub fn solver<B: Backend>(method: Method, options: SolverOptions) -> Box<dyn LayerSolver<B>> {
+    match method {
+        Method::Magnitude => Box::new(Magnitude),
+        Method::Wanda => Box::new(Wanda),
+        Method::SparseGpt => Box::new(SparseGpt::new(options)),
+    }
+}
+
+fn check_groups(layer: &str, sparsity: Sparsity, cols: usize) -> Result<(), SolveError> {
+    match sparsity {
+        Sparsity::NofM { m, .. } if !sparsity.fits(cols) => {
+            Err(SolveError::GroupSize { layer: layer.to_owned(), cols, m })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The matrix of a statistic, checked to be of the kind that is needed and not empty.
+fn statistic_matrix<'a, B: Backend>(
+    layers: &[Layer<B>],
+    statistic: &'a Statistic<B>,
+    needed: StatKind,
+) -> Result<&'a B::Matrix, SolveError> {
+    let layer = || layers.first().map(|layer| layer.name.clone()).unwrap_or_default();
+    let found = statistic.kind();
+    // A Hessian does not serve where norms are wanted: its diagonal is scaled.
+    let matrix = statistic.matrix().filter(|_| found == needed);
+    let matrix = matrix.ok_or_else(|| SolveError::WrongStatistic { layer: layer(), needed, found })?;
+    if statistic.tokens == 0 {
+        return Err(SolveError::NoFiniteTokens {
+            layer: layer(),
+            tokens: statistic.non_finite_tokens,
+        });
+    }
+    Ok(matrix)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,142 @@
+//! Perplexity: the whole text tokenized once with no special tokens, cut into non-overlapping
+//! windows, the tail dropped; `exp` of the mean negative log-likelihood, each window predicting its
+//! tokens 2..n (SparseGPT appendix B's protocol).
+
+use serde::Serialize;
+
+use crate::{
+    backend::{Backend, BackendJob, HostData, HostMatrix, SequenceLens},
+    calibration::{HiddenStates, HostActivations},
+    model::{BlockGeometry, ModelSource, embed},
+    pipeline::{LoadedBlock, PipelineError, Progress, Result, load_norm},
+};
+
+/// Rows of logits computed at a time: `tokens × vocabulary` f32 is the largest matrix of an
+/// evaluation.
+const LOGIT_ROWS: usize = 128;
+
+/// Rows of the output matrix laid out at a time.
+const HEAD_ROWS: usize = 1 << 16;
+
+/// A measured perplexity with its protocol.
+#[derive(Debug, Clone, Serialize)]
+pub struct Perplexity {
+    /// `exp(mean negative log-likelihood)`.
+    pub perplexity: f64,
+    /// Windows evaluated.
+    pub windows: usize,
+    /// Tokens of a window.
+    pub window: usize,
+    /// Tokens of the whole text.
+    pub text_tokens: usize,
+    /// Tokens predicted.
+    pub predicted_tokens: usize,
+    /// Whether a beginning-of-sequence token was put before each window.
+    pub bos: bool,
+}
+
+/// Evaluates windows of tokens, block by block over all of them, so that only one block's weights
+/// are in memory.
+pub struct PerplexityJob<'a> {
+    /// The model.
+    pub source: &'a ModelSource,
+    /// Windows of equal length, at least 2.
+    pub windows: &'a [Vec<u32>],
+    /// Tokens of the whole text, for the report.
+    pub text_tokens: usize,
+    /// Told as the work goes on.
+    pub progress: &'a dyn Progress,
+}
+
+impl BackendJob for PerplexityJob<'_> {
+    /// The measurement, and device and arithmetic in words.
+    type Output = Result<(Perplexity, String)>;
+
+    fn run<B: Backend>(self, b: &B) -> Self::Output {
+        let (source, config) = (self.source, self.source.config());
+        let window = self.windows.first().map_or(0, Vec::len);
+        let geometry = BlockGeometry::new(source.arch(), config, window);
+        let lens = self.windows.iter().map(|ids| SequenceLens::new(vec![ids.len()])).collect();
+        let mut hidden = HiddenStates::in_memory(lens);
+        for (index, ids) in self.windows.iter().enumerate() {
+            let residual = HostMatrix {
+                rows: ids.len(),
+                cols: config.hidden_size,
+                data: HostData::F32(embed(source, ids)?),
+            };
+            hidden.put(index, HostActivations { residual, input: None })?;
+        }
+        self.progress.start((config.num_hidden_layers as u64 + 1) * self.windows.len() as u64);
+        for block in 0..config.num_hidden_layers {
+            source.prefetch(block + 1);
+            let mut loaded = LoadedBlock::load(b, source, block)?;
+            loaded.install_all(b)?;
+            for index in 0..hidden.batches() {
+                let lens = hidden.lens(index).clone();
+                let residual = b.from_host(hidden.take(index)?.residual)?;
+                let residual = loaded.block.forward::<PipelineError>(
+                    b,
+                    &geometry,
+                    residual,
+                    &lens,
+                    |_, _| Ok(()),
+                )?;
+                let residual = b.into_host(residual)?;
+                hidden.put(index, HostActivations { residual, input: None })?;
+                self.progress.advance(1);
+            }
+            source.release(block);
+        }
+        let nll = self.negative_log_likelihood(b, hidden)?;
+        self.progress.finish();
+        let predicted_tokens = self.windows.len() * window.saturating_sub(1);
+        let perplexity = Perplexity {
+            perplexity: (nll / predicted_tokens as f64).exp(),
+            windows: self.windows.len(),
+            window,
+            text_tokens: self.text_tokens,
+            predicted_tokens,
+            bos: false,
+        };
+        Ok((perplexity, b.describe()))
+    }
+}
+
+impl PerplexityJob<'_> {
+    /// Sum over all windows of the negative log-likelihood of tokens 2..n.
+    fn negative_log_likelihood<B: Backend>(&self, b: &B, mut hidden: HiddenStates) -> Result<f64> {
+        let (source, config) = (self.source, self.source.config());
+        let norm = load_norm(b, source, &source.final_norm())?;
+        let head = load_head(b, source)?;
+        let mut sum = 0.0;
+        for (index, ids) in self.windows.iter().enumerate() {
+            let HostMatrix { data, .. } = hidden.take(index)?.residual;
+            let HostData::F32(values) = data else { continue };
+            // The last token predicts nothing.
+            let predicting = values.chunks(config.hidden_size).len().min(ids.len()) - 1;
+            for start in (0..predicting).step_by(LOGIT_ROWS) {
+                let rows = start..(start + LOGIT_ROWS).min(predicting);
+                let slice = &values[rows.start * config.hidden_size..rows.end * config.hidden_size];
+                let x = b.upload(slice, rows.len(), config.hidden_size)?;
+                let logits = b.linear(&norm.apply(b, &x)?, &head, None)?;
+                let nll = b.token_nll(&logits, &ids[rows.start + 1..=rows.end])?;
+                sum += nll.iter().sum::<f64>();
+            }
+            self.progress.advance(1);
+        }
+        Ok(sum)
+    }
+}
+
+/// The output matrix, laid out piece by piece.
+fn load_head<B: Backend>(b: &B, source: &ModelSource) -> Result<B::Weight> {
+    let name = source.lm_head();
+    let [rows, cols] = [source.config().vocab_size, source.config().hidden_size];
+    let mut pieces = Vec::new();
+    for start in (0..rows).step_by(HEAD_ROWS) {
+        let range = start..(start + HEAD_ROWS).min(rows);
+        let values = source.read_rows_f32(&name, range.clone())?;
+        pieces.push(b.upload(&values, range.len(), cols)?);
+    }
+    Ok(b.prepare(&pieces.iter().collect::<Vec<_>>())?)
+}

@@ -1,0 +1,150 @@
+//! How much memory and arithmetic a conversion takes, from the plan alone.
+
+use serde::Serialize;
+
+use super::plan::BlockPlan;
+use crate::{
+    calibration::StatKind,
+    model::{Architecture, CapturePoint, ModelConfig, ModelSource},
+    recipe::CalibrationRecipe,
+};
+
+/// Tokens of one batch: short sequences are stacked up to about this many, so that products are
+/// large enough to be fast; a longer sequence is a batch of its own.
+pub(super) const BATCH_TOKENS: usize = 2048;
+
+/// Code, allocator, thread stacks and queues, which no formula counts.
+const FIXED_BYTES: u64 = 48 << 20;
+
+/// Memory at the peak of a conversion, by purpose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct MemoryBudget {
+    /// Activations of the whole calibration set: residual stream and the widest kept input.
+    pub hidden_bytes: u64,
+    /// Weights of one block, stored and laid out.
+    pub block_bytes: u64,
+    /// The largest Hessian with its f64 factorisation.
+    pub statistics_bytes: u64,
+    /// Activations of one batch.
+    pub batch_bytes: u64,
+    /// All of it, and what no formula counts.
+    pub peak_bytes: u64,
+}
+
+impl MemoryBudget {
+    /// The budget of a conversion.
+    pub fn new(source: &ModelSource, blocks: &[BlockPlan], calibration: &CalibrationRecipe) -> Self {
+        let config = source.config();
+        let needs = blocks.iter().map(BlockPlan::needs).max().unwrap_or(StatKind::None);
+        let calibrated = needs > StatKind::None;
+        let tokens = (calibration.samples * calibration.seq_len) as u64;
+        let hidden = config.hidden_size as u64;
+        let widest = widest_kept_input(config);
+        // f32 residual stream and f32 inputs; backends that keep inputs in bf16 need less.
+        let hidden_bytes = if calibrated { tokens * (hidden + widest) * 4 } else { 0 };
+
+        let block_weights = block_weights(source.arch(), config);
+        // Decoded weights, the layout for products, and one layer's copy for its error.
+        let block_bytes = block_weights * 4 * 5 / 2;
+
+        let features = CapturePoint::ALL
+            .into_iter()
+            .filter(|&point| blocks.iter().any(|block| block.needs_at(point) == StatKind::Hessian))
+            .map(|point| config.capture_width(point) as u64)
+            .max()
+            .unwrap_or(0);
+        // f32 Hessian and factor, two f64 matrices while factorising.
+        let statistics_bytes = features * features * (4 + 4 + 8 + 8);
+
+        let batch = BATCH_TOKENS.max(calibration.seq_len) as u64;
+        let widest_output = (config.q_features() + 2 * config.kv_features()).max(2 * config.intermediate_size) as u64;
+        let batch_bytes = if calibrated { batch * (widest_output + 2 * hidden) * 4 } else { 0 };
+        Self {
+            hidden_bytes,
+            block_bytes,
+            statistics_bytes,
+            batch_bytes,
+            peak_bytes: hidden_bytes + block_bytes + statistics_bytes + batch_bytes + FIXED_BYTES,
+        }
+    }
+
+    /// The peak when activations are spilled to a file.
+    pub fn spilled_peak_bytes(&self) -> u64 {
+        self.peak_bytes - self.hidden_bytes
+    }
+}
+
+/// Weights of the linears that share the input at `point`.
+pub(super) fn stage_weights(arch: &Architecture, config: &ModelConfig, point: CapturePoint) -> u64 {
+    let weights = |[rows, cols]: [usize; 2]| rows as u64 * cols as u64;
+    arch.stage(point).map(|linear| weights(config.linear_shape(linear.role))).sum()
+}
+
+/// Weights of the linears of one block.
+pub(super) fn block_weights(arch: &Architecture, config: &ModelConfig) -> u64 {
+    CapturePoint::ALL.into_iter().map(|point| stage_weights(arch, config, point)).sum()
+}
+
+/// Columns of the widest input that is kept between passes.
+pub(super) fn widest_kept_input(config: &ModelConfig) -> u64 {
+    let kept = [CapturePoint::AttnOut, CapturePoint::MlpHidden];
+    kept.into_iter().map(|point| config.capture_width(point) as u64).max().unwrap_or(0)
+}
+
+/// Operations of a forward pass of `tokens` tokens in windows of `window` through one block.
+pub(super) fn block_forward_flops(config: &ModelConfig, weights: u64, tokens: f64, window: f64) -> f64 {
+    // Causal attention: on average half of the keys, two products.
+    let attention = 2.0 * window * (config.num_attention_heads * config.head_dim) as f64;
+    tokens * (2.0 * weights as f64 + attention)
+}
+
+/// Operations of the lower triangle of `XᵀX` for `tokens` tokens of width `features`.
+pub(super) fn gram_flops(tokens: f64, features: f64) -> f64 {
+    tokens * features * (features + 1.0)
+}
+
+/// Operations of the sweep of a `rows × cols` layer: every column's error moves onto the columns
+/// to its right.
+pub(super) fn sweep_flops(rows: f64, cols: f64) -> f64 {
+    rows * cols * cols
+}
+
+/// Operations of the factor of a Hessian: Cholesky and triangular inverse.
+pub(super) fn factor_flops(features: f64) -> f64 {
+    2.0 / 3.0 * features.powi(3)
+}
+
+/// Operations of a whole conversion.
+pub(super) fn conversion_flops(
+    source: &ModelSource,
+    blocks: &[BlockPlan],
+    calibration: &CalibrationRecipe,
+) -> f64 {
+    let config = source.config();
+    let Some(last) = blocks.iter().rposition(|block| block.needs() > StatKind::None) else {
+        return 0.0;
+    };
+    let tokens = (calibration.samples * calibration.seq_len) as f64;
+    let window = calibration.seq_len as f64;
+    let weights = block_weights(source.arch(), config);
+    let forward = block_forward_flops(config, weights, tokens, window) * (last + 1) as f64;
+    let solving: f64 = blocks
+        .iter()
+        .map(|block| {
+            let points = CapturePoint::ALL.into_iter();
+            let hessians: f64 = points
+                .filter(|&point| block.needs_at(point) == StatKind::Hessian)
+                .map(|point| config.capture_width(point) as f64)
+                .map(|features| gram_flops(tokens, features) + factor_flops(features))
+                .sum();
+            let sweeps: f64 = block
+                .layers
+                .iter()
+                .filter(|layer| layer.method.needs() == StatKind::Hessian)
+                .map(|layer| sweep_flops(layer.rows as f64, layer.cols as f64))
+                .sum();
+            hessians + sweeps
+        })
+        .sum();
+    forward + solving
+}

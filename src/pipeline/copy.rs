@@ -1,0 +1,75 @@
+//! Copies a tensor from a source to an output, some rows at a time.
+
+use sparsepack_formats::{DType, Encoding, encoding};
+
+use super::{error::Result, plan::OutputTensor};
+use crate::model::{ModelError, ModelSource};
+
+/// Bytes decoded at a time.
+const CHUNK_BYTES: usize = 8 << 20;
+
+/// Hands the bytes of `output`, in its element type, to `write` piece by piece. Float weights are
+/// checked to be finite. Where the source already stores that type, the bytes are the source's own.
+///
+/// # Errors
+/// A tensor that cannot be read, holds NaN or infinity, or does not fit the output type; what
+/// `write` returns.
+pub(super) fn copy_tensor(
+    source: &ModelSource,
+    output: &OutputTensor,
+    mut write: impl FnMut(Vec<u8>) -> Result<()>,
+) -> Result<()> {
+    let tensor = source.tensor(&output.name)?;
+    let dtype: DType = output.encoding.value_dtype();
+    let matrix = encoding::MatrixShape::of(&tensor.shape);
+    let as_stored = tensor.encoding == (Encoding::Dense { dtype }) && tensor.permuted_heads.is_none();
+    if as_stored && !dtype.is_float_weight() {
+        for part in source.reader().components(&tensor.stored_name)? {
+            part.chunks(CHUNK_BYTES).try_for_each(|chunk| write(chunk.to_vec()))?;
+        }
+        return Ok(());
+    }
+    let parts = source.reader().components(&tensor.stored_name)?;
+    // A vector is one row, but `read_rows_f32` counts its elements as rows.
+    if tensor.shape.len() < 2 {
+        let values = source.read_f32(&output.name)?;
+        source.check_finite(&output.name, &values)?;
+        return match (as_stored, parts.first()) {
+            (true, Some(bytes)) => write(bytes.to_vec()),
+            _ => write(encoded(&output.name, dtype, &values)?),
+        };
+    }
+    let row_bytes = matrix.cols * dtype.size_bytes();
+    let rows_at_once = (CHUNK_BYTES / row_bytes.max(1)).max(1);
+    let mut row = 0;
+    while row < matrix.rows {
+        let rows = row..(row + rows_at_once).min(matrix.rows);
+        let values = source.read_rows_f32(&output.name, rows.clone())?;
+        check_finite(source, &output.name, rows.start, &values)?;
+        match (as_stored, parts.first()) {
+            (true, Some(bytes)) => {
+                write(bytes[rows.start * row_bytes..rows.end * row_bytes].to_vec())?;
+            }
+            _ => write(encoded(&output.name, dtype, &values)?)?,
+        }
+        row = rows.end;
+    }
+    source.reader().release(&[&tensor.stored_name]);
+    Ok(())
+}
+
+/// As [`ModelSource::check_finite`] for rows that start at `first_row`.
+fn check_finite(source: &ModelSource, name: &str, first_row: usize, values: &[f32]) -> Result<()> {
+    source.check_finite(name, values).map_err(|mut error| {
+        if let ModelError::NonFinite { row, .. } = &mut error {
+            *row += first_row;
+        }
+        error.into()
+    })
+}
+
+fn encoded(name: &str, dtype: DType, values: &[f32]) -> Result<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(values.len() * dtype.size_bytes());
+    encoding::dense::encode_f32(name, dtype, values, &mut bytes)?;
+    Ok(bytes)
+}

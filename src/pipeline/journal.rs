@@ -1,0 +1,326 @@
+//! `OUT/.work`: what an interrupted conversion has finished, so that it can go on.
+//!
+//! `plan.json` says what the run is; `journal.jsonl` gets one line per checkpoint: the tensors
+//! finished since the last one, with their digests, and the file that holds the activations which
+//! enter the next block. A line is written only after everything it names is on disk. Two
+//! activation files are kept, so a crash while writing one leaves the other.
+
+use std::{
+    fs::File,
+    io::Write,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use serde::{Deserialize, Serialize};
+use sparsepack_formats::{Digest, OutputFile};
+
+use super::{
+    error::{PipelineError, Result},
+    plan::ConversionPlan,
+};
+use crate::{
+    backend::{HostData, HostMatrix},
+    calibration::{HiddenStates, HostActivations},
+    compress::LayerReport,
+};
+
+/// Name of the work directory inside the output.
+pub(super) const WORK_DIR: &str = ".work";
+
+/// What must be the same for a run to go on: everything that decides bytes. Threads, memory,
+/// checkpoint interval and logging may change.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct RunIdentity {
+    /// Version of sparsepack.
+    pub sparsepack: String,
+    /// Digest of the plan: recipe with all defaults, blocks, outputs.
+    pub plan: Digest,
+    /// Names and sizes of the source files.
+    pub source: Vec<(String, u64)>,
+    /// Digest of the calibration tokens.
+    pub calibration: Option<Digest>,
+    /// Device and arithmetic.
+    pub device: String,
+}
+
+impl RunIdentity {
+    /// The identity of a run.
+    ///
+    /// # Errors
+    /// Serialisation failed: a defect.
+    pub fn new(
+        plan: &ConversionPlan,
+        source: &[SourceSize],
+        calibration: Option<Digest>,
+        device: &str,
+    ) -> serde_json::Result<Self> {
+        let mut recipe = plan.recipe.clone();
+        // The tokens decide, not where the file lies.
+        recipe.calibration.file = None;
+        let decided = serde_json::to_vec(&(&recipe, &plan.blocks, &plan.outputs))?;
+        Ok(Self {
+            sparsepack: env!("CARGO_PKG_VERSION").to_owned(),
+            plan: Digest::of(&decided),
+            source: source.iter().map(|file| (file.file.clone(), file.bytes)).collect(),
+            calibration,
+            device: device.to_owned(),
+        })
+    }
+
+    fn differs(&self, before: &Self) -> Option<String> {
+        let differ = |what: &str, before: &dyn std::fmt::Debug, now: &dyn std::fmt::Debug| {
+            Some(format!("{what} was {before:?} and is now {now:?}"))
+        };
+        if self.sparsepack != before.sparsepack {
+            return differ("the version of sparsepack", &before.sparsepack, &self.sparsepack);
+        }
+        if self.source != before.source {
+            return differ("the source", &before.source, &self.source);
+        }
+        if self.calibration != before.calibration {
+            return differ("the calibration text", &before.calibration, &self.calibration);
+        }
+        if self.device != before.device {
+            return differ("the arithmetic", &before.device, &self.device);
+        }
+        if self.plan != before.plan {
+            return differ("the plan (recipe and outputs)", &before.plan, &self.plan);
+        }
+        None
+    }
+}
+
+/// Name and size of a source file.
+#[derive(Debug, Clone)]
+pub(super) struct SourceSize {
+    /// Name without directories.
+    pub file: String,
+    /// Size.
+    pub bytes: u64,
+}
+
+/// One line of the journal.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Checkpoint {
+    /// Blocks finished so far.
+    pub blocks_done: usize,
+    /// Tensors finished since the last line, with the digests of their components.
+    pub tensors: Vec<(String, Vec<Digest>)>,
+    /// Reports of the layers solved since the last line.
+    pub reports: Vec<LayerReport>,
+    /// Activations entering the next block, where the run needs any.
+    pub hidden: Option<HiddenFile>,
+}
+
+/// A file of activations.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct HiddenFile {
+    /// Name inside the work directory.
+    pub file: String,
+    /// Digest of its bytes.
+    pub sha256: Digest,
+}
+
+/// What an interrupted run has finished.
+#[derive(Debug, Default)]
+pub(super) struct Finished {
+    /// Blocks finished.
+    pub blocks_done: usize,
+    /// Tensors finished, with the digests of their components.
+    pub tensors: Vec<(String, Vec<Digest>)>,
+    /// Reports of the layers solved.
+    pub reports: Vec<LayerReport>,
+    hidden: Option<HiddenFile>,
+}
+
+/// The journal of a run.
+#[derive(Debug)]
+pub struct Journal {
+    dir: PathBuf,
+    file: File,
+    interval: Duration,
+    last: Instant,
+    pending: Vec<(String, Vec<Digest>)>,
+    pending_reports: Vec<LayerReport>,
+    generation: usize,
+}
+
+impl Journal {
+    /// Starts a journal in `out/.work`.
+    ///
+    /// # Errors
+    /// The directory or its files cannot be written.
+    pub fn create(out: &Path, identity: &RunIdentity, interval: Duration) -> Result<Self> {
+        let dir = out.join(WORK_DIR);
+        std::fs::create_dir_all(&dir).map_err(io(&dir, "create the work directory"))?;
+        let bytes = serde_json::to_vec_pretty(identity).map_err(json(&dir))?;
+        OutputFile::write_whole(&dir.join("plan.json"), &bytes)?;
+        Self::open(dir, interval, true)
+    }
+
+    /// Continues the journal of an interrupted run.
+    ///
+    /// # Errors
+    /// [`PipelineError::Resume`] when there is none or when it belongs to another run.
+    pub fn resume(
+        out: &Path,
+        identity: &RunIdentity,
+        interval: Duration,
+    ) -> Result<(Self, Finished)> {
+        let dir = out.join(WORK_DIR);
+        let refuse = |why: String| PipelineError::Resume { path: out.to_owned(), why };
+        let plan = std::fs::read(dir.join("plan.json"))
+            .map_err(|_| refuse("there is no interrupted run in it".to_owned()))?;
+        let before: RunIdentity = serde_json::from_slice(&plan).map_err(json(&dir))?;
+        if let Some(difference) = identity.differs(&before) {
+            return Err(refuse(difference));
+        }
+        let text = std::fs::read_to_string(dir.join("journal.jsonl"))
+            .map_err(io(&dir, "read the journal"))?;
+        let mut finished = Finished::default();
+        for line in text.lines() {
+            // A torn last line is what a crash leaves; nothing after it was promised.
+            let Ok(checkpoint) = serde_json::from_str::<Checkpoint>(line) else { break };
+            finished.blocks_done = checkpoint.blocks_done;
+            finished.tensors.extend(checkpoint.tensors);
+            finished.reports.extend(checkpoint.reports);
+            finished.hidden = checkpoint.hidden;
+        }
+        let mut journal = Self::open(dir, interval, false)?;
+        journal.generation = finished.blocks_done + 1;
+        Ok((journal, finished))
+    }
+
+    fn open(dir: PathBuf, interval: Duration, fresh: bool) -> Result<Self> {
+        let path = dir.join("journal.jsonl");
+        let mut options = File::options();
+        options.create(true).write(true);
+        if fresh { options.truncate(true) } else { options.append(true) };
+        let file = options.open(&path).map_err(io(&path, "open the journal"))?;
+        Ok(Self {
+            dir,
+            file,
+            interval,
+            last: Instant::now(),
+            pending: Vec::new(),
+            pending_reports: Vec::new(),
+            generation: 0,
+        })
+    }
+
+    /// Where temporary files of the run belong.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Whether enough time has passed for another checkpoint to be worth its cost.
+    pub fn due(&self) -> bool {
+        self.last.elapsed() >= self.interval
+    }
+
+    /// Remembers what a block finished until the next checkpoint.
+    pub fn note(&mut self, reports: &[LayerReport]) {
+        self.pending_reports.extend_from_slice(reports);
+    }
+
+    /// Writes a checkpoint: everything named is on disk when this returns.
+    ///
+    /// # Errors
+    /// The work directory cannot be written.
+    pub fn commit(
+        &mut self,
+        blocks_done: usize,
+        tensors: Vec<(String, Vec<Digest>)>,
+        hidden: Option<&mut HiddenStates>,
+    ) -> Result<()> {
+        self.pending.extend(tensors);
+        let hidden = hidden.map(|hidden| self.save_hidden(hidden)).transpose()?;
+        let line = Checkpoint {
+            blocks_done,
+            tensors: std::mem::take(&mut self.pending),
+            reports: std::mem::take(&mut self.pending_reports),
+            hidden,
+        };
+        let mut text = serde_json::to_string(&line).map_err(json(&self.dir))?;
+        text.push('\n');
+        self.file.write_all(text.as_bytes()).map_err(io(&self.dir, "write the journal"))?;
+        self.file.sync_data().map_err(io(&self.dir, "sync the journal"))?;
+        self.last = Instant::now();
+        Ok(())
+    }
+
+    /// Residual streams as little-endian f32, batch after batch.
+    fn save_hidden(&mut self, hidden: &mut HiddenStates) -> Result<HiddenFile> {
+        let name = format!("hidden-{}.f32", self.generation % 2);
+        self.generation += 1;
+        let mut bytes = Vec::new();
+        for batch in 0..hidden.batches() {
+            let kept = hidden.take(batch)?;
+            if let HostData::F32(values) = &kept.residual.data {
+                bytes.extend_from_slice(bytemuck::cast_slice(values));
+            }
+            hidden.put(batch, kept)?;
+        }
+        OutputFile::write_whole(&self.dir.join(&name), &bytes)?;
+        Ok(HiddenFile { file: name, sha256: Digest::of(&bytes) })
+    }
+
+    /// Fills `hidden` with the activations of the last checkpoint.
+    ///
+    /// # Errors
+    /// The file is missing or not what the journal says.
+    pub fn load_hidden(
+        &self,
+        finished: &Finished,
+        hidden: &mut HiddenStates,
+        features: usize,
+    ) -> Result<()> {
+        let refuse = |why: String| PipelineError::Resume { path: self.dir.clone(), why };
+        let Some(saved) = &finished.hidden else {
+            return Err(refuse("the journal has no activations for the next block".to_owned()));
+        };
+        let bytes = std::fs::read(self.dir.join(&saved.file))
+            .map_err(io(&self.dir, "read the saved activations"))?;
+        if Digest::of(&bytes) != saved.sha256 {
+            return Err(refuse(format!("{} does not have the journal's digest", saved.file)));
+        }
+        let mut rest = bytes.as_slice();
+        for batch in 0..hidden.batches() {
+            let tokens = hidden.lens(batch).tokens();
+            let Some((head, tail)) = rest.split_at_checked(tokens * features * 4) else {
+                return Err(refuse(format!("{} is too short", saved.file)));
+            };
+            rest = tail;
+            let values = bytemuck::allocation::pod_collect_to_vec(head);
+            let residual =
+                HostMatrix { rows: tokens, cols: features, data: HostData::F32(values) };
+            hidden.put(batch, HostActivations { residual, input: None })?;
+        }
+        Ok(())
+    }
+
+    /// Removes the work directory of a finished run.
+    ///
+    /// # Errors
+    /// It cannot be removed.
+    pub fn remove(self) -> Result<()> {
+        std::fs::remove_dir_all(&self.dir).map_err(io(&self.dir, "remove the work directory"))
+    }
+}
+
+fn io(path: &Path, action: &'static str) -> impl FnOnce(std::io::Error) -> PipelineError {
+    let path = path.to_owned();
+    move |source| PipelineError::Io { path, action, source }
+}
+
+fn json(path: &Path) -> impl FnOnce(serde_json::Error) -> PipelineError {
+    let path = path.to_owned();
+    move |source| sparsepack_formats::FormatError::Json { path, source }.into()
+}
+
+/// Whether the output directory holds a run that can be continued.
+pub(super) fn has_checkpoint(out: &Path) -> bool {
+    let journal = out.join(WORK_DIR).join("journal.jsonl");
+    std::fs::metadata(journal).is_ok_and(|metadata| metadata.len() > 0)
+}

@@ -1,0 +1,143 @@
+//! Brings one decoder block to the device.
+
+use sparsepack_formats::{DType, encoding};
+
+use super::error::Result;
+use crate::{
+    backend::Backend,
+    model::{Block, CapturePoint, LayerNames, Linears, ModelSource, Norm, Role},
+};
+
+/// A decoder block being worked on: norms on the device, linears on the host until
+/// [`install`](Self::install) stacks those of a capture point for products.
+#[derive(Debug)]
+pub struct LoadedBlock<B: Backend> {
+    /// What runs.
+    pub block: Block<B>,
+    /// The linears in the architecture's order.
+    pub linears: Vec<LoadedLinear>,
+}
+
+/// One linear on the host.
+#[derive(Debug)]
+pub struct LoadedLinear {
+    /// What it is in its block.
+    pub role: Role,
+    /// The input it shares.
+    pub capture: CapturePoint,
+    /// Hugging Face name of its weight.
+    pub tensor: String,
+    /// `[out_features, in_features]`, row-major.
+    pub weight: Vec<f32>,
+    /// Bias `[out_features]`, where there is one.
+    pub bias: Option<Vec<f32>>,
+    /// `out_features`.
+    pub rows: usize,
+    /// `in_features`.
+    pub cols: usize,
+}
+
+impl<B: Backend> LoadedBlock<B> {
+    /// Reads block `index`. Weights are checked to be finite.
+    ///
+    /// # Errors
+    /// A tensor that cannot be read or holds NaN or infinity; device failure.
+    pub fn load(b: &B, source: &ModelSource, index: usize) -> Result<Self> {
+        let arch = source.arch();
+        let mut linears = Vec::with_capacity(arch.linears.len());
+        for spec in &arch.linears {
+            let [rows, cols] = source.config().linear_shape(spec.role);
+            let Some(names) = source.linear(index, spec.role) else { continue };
+            linears.push(LoadedLinear {
+                role: spec.role,
+                capture: spec.capture,
+                weight: read_finite(source, &names.weight)?,
+                bias: names.bias.map(|bias| read_finite(source, &bias)).transpose()?,
+                tensor: names.weight,
+                rows,
+                cols,
+            });
+        }
+        let block = Block {
+            attn_norm: load_norm(b, source, &source.attn_norm(index))?,
+            mlp_norm: load_norm(b, source, &source.mlp_norm(index))?,
+            linears: [None, None, None, None],
+        };
+        Ok(Self { block, linears })
+    }
+
+    /// Stacks the linears of `point` on the device, ready for products.
+    ///
+    /// # Errors
+    /// Device failure.
+    pub fn install(&mut self, b: &B, point: CapturePoint) -> Result<()> {
+        let members: Vec<&LoadedLinear> =
+            self.linears.iter().filter(|linear| linear.capture == point).collect();
+        let weights: Vec<B::Matrix> = members
+            .iter()
+            .map(|linear| b.upload(&linear.weight, linear.rows, linear.cols))
+            .collect::<std::result::Result<_, _>>()?;
+        let weight = b.prepare(&weights.iter().collect::<Vec<_>>())?;
+        let bias = if members.iter().any(|linear| linear.bias.is_some()) {
+            let mut stacked = Vec::new();
+            for linear in &members {
+                match &linear.bias {
+                    Some(bias) => stacked.extend_from_slice(bias),
+                    None => stacked.resize(stacked.len() + linear.rows, 0.0),
+                }
+            }
+            Some(b.upload(&stacked, 1, stacked.len())?)
+        } else {
+            None
+        };
+        self.block.linears[point as usize] = Some(Linears { weight, bias });
+        Ok(())
+    }
+
+    /// Stacks every linear.
+    ///
+    /// # Errors
+    /// Device failure.
+    pub fn install_all(&mut self, b: &B) -> Result<()> {
+        CapturePoint::ALL.into_iter().try_for_each(|point| self.install(b, point))
+    }
+}
+
+/// Reads a norm.
+///
+/// # Errors
+/// A tensor that cannot be read or is not finite; device failure.
+pub fn load_norm<B: Backend>(b: &B, source: &ModelSource, names: &LayerNames) -> Result<Norm<B>> {
+    let row = |name: &str| -> Result<B::Matrix> {
+        let values = read_finite(source, name)?;
+        Ok(b.upload(&values, 1, values.len())?)
+    };
+    let gain = row(&names.weight)?;
+    let eps = source.config().norm_eps;
+    Ok(match &names.bias {
+        Some(bias) => Norm::Layer { gain, bias: row(bias)?, eps },
+        None => Norm::Rms { gain, eps },
+    })
+}
+
+/// Decodes a tensor and refuses NaN and infinity.
+fn read_finite(source: &ModelSource, name: &str) -> Result<Vec<f32>> {
+    let values = source.read_f32(name)?;
+    source.check_finite(name, &values)?;
+    Ok(values)
+}
+
+/// Rounds `weight` to `dtype` in place and returns the stored bytes, so that everything later in
+/// the run sees exactly what is written.
+///
+/// # Errors
+/// A value too large for `dtype`.
+pub(super) fn round_to_stored(name: &str, dtype: DType, weight: &mut [f32]) -> Result<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(weight.len() * dtype.size_bytes());
+    encoding::dense::encode_f32(name, dtype, weight, &mut bytes)?;
+    if dtype != DType::F32 {
+        let shape = [weight.len()];
+        sparsepack_formats::Encoding::Dense { dtype }.decode_f32(name, &shape, &[&bytes], 0..1, weight)?;
+    }
+    Ok(bytes)
+}

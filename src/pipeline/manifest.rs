@@ -1,0 +1,174 @@
+//! `manifest.json`: what a finished output holds and how it was made.
+//!
+//! It has no timestamps and no host names: the same input, recipe and arithmetic give the same
+//! bytes. Its `recipe` reproduces the run (`convert --recipe manifest.json`).
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use sparsepack_formats::{DType, Digest, Encoding};
+
+use super::error::{PipelineError, Result};
+use crate::{
+    compress::{LayerReport, Method, Sparsity},
+    recipe::{OutputFormat, Recipe},
+};
+
+/// The file's name.
+pub const MANIFEST: &str = "manifest.json";
+
+/// What a finished output holds and how it was made.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Version of sparsepack that wrote it.
+    pub sparsepack: String,
+    /// The recipe with every default filled in.
+    pub recipe: Recipe,
+    /// Container of the output.
+    pub format: OutputFormat,
+    /// Blocks that were pruned, when `--blocks` restricted them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub only_blocks: Option<std::ops::Range<usize>>,
+    /// Our name of the architecture.
+    pub architecture: String,
+    /// The files that were read.
+    pub source: Vec<SourceFile>,
+    /// What the solvers learnt from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub calibration: Option<CalibrationRecord>,
+    /// Device and arithmetic in words.
+    pub device: String,
+    /// Every tensor in output order.
+    pub tensors: Vec<TensorRecord>,
+    /// Sums.
+    pub totals: Totals,
+}
+
+/// A file that was read.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceFile {
+    /// Name without directories.
+    pub file: String,
+    /// Size.
+    pub bytes: u64,
+    /// Digest.
+    pub sha256: Digest,
+}
+
+/// What the solvers learnt from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct CalibrationRecord {
+    /// Digest of the token ids, as little-endian u32, window after window.
+    pub tokens_sha256: Digest,
+    /// Windows.
+    pub windows: usize,
+    /// Tokens in all.
+    pub tokens: usize,
+}
+
+/// One tensor.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TensorRecord {
+    /// Hugging Face name.
+    pub name: String,
+    /// How it is stored.
+    #[serde(flatten)]
+    pub encoding: Encoding,
+    /// Row-major shape.
+    pub shape: Vec<usize>,
+    /// Stored pieces in order.
+    pub components: Vec<ComponentRecord>,
+    /// How it was pruned, if it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pruned: Option<PrunedRecord>,
+}
+
+/// One stored piece of a tensor.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ComponentRecord {
+    /// Name in the container.
+    pub name: String,
+    /// Element type in the container.
+    pub dtype: DType,
+    /// Bytes.
+    pub bytes: u64,
+    /// Digest of the bytes.
+    pub sha256: Digest,
+}
+
+/// How a tensor was pruned.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PrunedRecord {
+    /// Method.
+    pub method: Method,
+    /// Target.
+    pub sparsity: Sparsity,
+    /// What it cost.
+    #[serde(flatten)]
+    pub report: LayerReport,
+}
+
+/// Sums over all tensors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Totals {
+    /// Weights of the model.
+    pub parameters: u64,
+    /// Weights in pruned layers.
+    pub pruned_parameters: u64,
+    /// Weights that pruning set to zero.
+    pub zeroed: u64,
+    /// Bytes of all tensors.
+    pub bytes: u64,
+    /// Bytes of the pruned tensors.
+    pub pruned_bytes: u64,
+    /// Bytes that all tensors would take stored dense in the same element types.
+    pub dense_bytes: u64,
+    /// Bytes that the pruned tensors would take stored dense in the same element types.
+    pub pruned_dense_bytes: u64,
+}
+
+impl Totals {
+    /// Sums up tensor records.
+    pub fn of(tensors: &[TensorRecord]) -> Self {
+        let mut totals = Self::default();
+        for tensor in tensors {
+            let elements = tensor.shape.iter().map(|&n| n as u64).product::<u64>();
+            let bytes: u64 = tensor.components.iter().map(|component| component.bytes).sum();
+            let dense = elements * tensor.encoding.value_dtype().size_bytes() as u64;
+            totals.parameters += elements;
+            totals.bytes += bytes;
+            totals.dense_bytes += dense;
+            if let Some(pruned) = &tensor.pruned {
+                totals.pruned_parameters += elements;
+                totals.zeroed += pruned.report.zeroed;
+                totals.pruned_bytes += bytes;
+                totals.pruned_dense_bytes += dense;
+            }
+        }
+        totals
+    }
+}
+
+impl Manifest {
+    /// Reads the manifest of a finished output.
+    ///
+    /// # Errors
+    /// [`PipelineError::NoManifest`].
+    pub fn read(dir: &Path) -> Result<Self> {
+        let no_manifest = |source: Box<dyn std::error::Error + Send + Sync>| {
+            PipelineError::NoManifest { path: dir.to_owned(), source }
+        };
+        let bytes = std::fs::read(dir.join(MANIFEST)).map_err(|e| no_manifest(e.into()))?;
+        serde_json::from_slice(&bytes).map_err(|e| no_manifest(e.into()))
+    }
+
+    /// The file's bytes.
+    ///
+    /// # Errors
+    /// Serialisation failed: a defect.
+    pub fn to_bytes(&self) -> serde_json::Result<Vec<u8>> {
+        let mut bytes = serde_json::to_vec_pretty(self)?;
+        bytes.push(b'\n');
+        Ok(bytes)
+    }
+}

@@ -1,0 +1,99 @@
+//! From a checkpoint and a recipe to a finished output: plan, run, verify, unpack.
+//!
+//! [`convert`] is the whole of it; the loop over blocks is in `run.rs`.
+
+mod budget;
+mod copy;
+mod error;
+mod journal;
+mod loader;
+mod manifest;
+mod output;
+mod packer;
+mod plan;
+mod progress;
+mod run;
+mod stages;
+mod unpack;
+mod verify;
+
+use std::{ops::Range, path::Path};
+
+pub use budget::MemoryBudget;
+pub use error::{PipelineError, Result};
+pub use loader::{LoadedBlock, load_norm};
+pub use manifest::{MANIFEST, Manifest, TensorRecord, Totals};
+pub use output::source_sizes;
+pub use plan::{BlockPlan, ConversionPlan, LayerPlan, OutputTensor};
+pub use progress::{
+    BlockReport, NoProgress, Phase, PhaseCost, PhaseTimes, Progress, resident_bytes,
+};
+pub use run::{Conversion, Outcome, RunOptions};
+pub use unpack::unpack;
+pub use verify::{Finding, VerifyOptions, VerifyReport, verify};
+
+use crate::{
+    backend::{DeviceOptions, dispatch},
+    calibration::CalibrationSet,
+    model::ModelSource,
+};
+
+/// A finished conversion.
+#[derive(Debug)]
+pub struct Converted {
+    /// What was written.
+    pub manifest: Manifest,
+    /// Where the time went.
+    pub times: PhaseTimes,
+    /// Measured throughput of large products, FLOP/s; absent when nothing was calibrated.
+    pub gemm_ceiling: Option<f64>,
+    /// Wall-clock seconds in all.
+    pub secs: f64,
+}
+
+/// Converts `source` by `plan` into the directory `out`.
+///
+/// A failed run leaves nothing under a final name. A run that was interrupted after a checkpoint
+/// can be continued with [`RunOptions::resume`]; a run that failed before one leaves nothing at
+/// all.
+///
+/// # Errors
+/// [`PipelineError`] naming what is wrong and where.
+pub fn convert(
+    source: &ModelSource,
+    plan: &ConversionPlan,
+    calibration: Option<&CalibrationSet>,
+    out: &Path,
+    only_blocks: Option<Range<usize>>,
+    device: DeviceOptions,
+    options: RunOptions,
+    progress: &dyn Progress,
+) -> Result<Converted> {
+    let start = std::time::Instant::now();
+    output::prepare(out, source.path(), options.resume, plan.output_bytes)?;
+    let job = Conversion { source, plan, calibration, out, options, progress };
+    // Source digests need the whole input read once; that runs beside the conversion.
+    let (outcome, digests) = std::thread::scope(|scope| {
+        let digests = scope.spawn(|| output::source_digests(source));
+        let outcome = dispatch(device, job).map_err(PipelineError::from).and_then(|done| done);
+        let digests = digests.join().map_err(|_| PipelineError::Thread { name: "digest" });
+        (outcome, digests.and_then(|done| done))
+    });
+    let finished = outcome.and_then(|outcome| {
+        output::complete(source, plan, out, digests?, only_blocks, outcome)
+    });
+    match finished {
+        Ok((manifest, outcome)) => {
+            let Outcome { times, gemm_ceiling, journal, .. } = outcome;
+            journal.remove()?;
+            let secs = start.elapsed().as_secs_f64();
+            Ok(Converted { manifest, times, gemm_ceiling, secs })
+        }
+        Err(error) => {
+            if !journal::has_checkpoint(out) {
+                output::discard(out);
+            }
+            Err(error)
+        }
+    }
+}

@@ -1,0 +1,261 @@
+//! The output directory: made or refused before work starts, completed after the last tensor.
+
+use std::path::Path;
+
+use sparsepack_formats::{DType, Digest, ModelMetadata, OutputFile};
+
+use super::{
+    error::{PipelineError, Result},
+    journal::{SourceSize, WORK_DIR},
+    manifest::{
+        ComponentRecord, MANIFEST, Manifest, PrunedRecord, SourceFile, TensorRecord, Totals,
+    },
+    plan::{ConversionPlan, OutputTensor},
+    run::Outcome,
+};
+use crate::model::{ModelSource, SidecarContent, sidecars};
+
+/// Room left free beside the planned bytes, for headers and sidecars.
+const DISK_SLACK_BYTES: u64 = 16 << 20;
+
+/// Makes the output directory, or checks that an existing one may be used: empty, or ours and
+/// interrupted when resuming.
+///
+/// # Errors
+/// [`PipelineError::OutputIsInput`], [`PipelineError::OutputExists`], [`PipelineError::DiskFull`].
+pub(super) fn prepare(out: &Path, source: &Path, resume: bool, bytes: u64) -> Result<()> {
+    let io = |action| {
+        move |source| PipelineError::Io { path: out.to_owned(), action, source }
+    };
+    if let (Ok(a), Ok(b)) = (out.canonicalize(), source.canonicalize()) {
+        let input_dir = if b.is_dir() { Some(b.as_path()) } else { b.parent() };
+        if a == b || (input_dir == Some(a.as_path())) {
+            return Err(PipelineError::OutputIsInput { path: out.to_owned() });
+        }
+    }
+    let exists = |found, hint| {
+        Err(PipelineError::OutputExists { path: out.to_owned(), found, hint })
+    };
+    if out.exists() {
+        if !out.is_dir() {
+            return exists("is not a directory", "");
+        }
+        let interrupted = out.join(WORK_DIR).is_dir();
+        let empty = std::fs::read_dir(out).map_err(io("list"))?.next().is_none();
+        match (interrupted, resume, empty) {
+            (true, true, _) => {}
+            (true, false, _) => {
+                return exists(
+                    "holds an interrupted conversion",
+                    ", continue it with --resume, or remove it",
+                );
+            }
+            (false, _, false) if out.join(MANIFEST).is_file() => {
+                return exists("holds a finished conversion", ", or remove it");
+            }
+            (false, _, false) => return exists("is not empty and was not written by sparsepack", ""),
+            (false, true, true) => {
+                return Err(PipelineError::Resume {
+                    path: out.to_owned(),
+                    why: "there is no interrupted run in it".to_owned(),
+                });
+            }
+            (false, false, true) => {}
+        }
+    } else if resume {
+        return Err(PipelineError::Resume {
+            path: out.to_owned(),
+            why: "it does not exist".to_owned(),
+        });
+    }
+    std::fs::create_dir_all(out).map_err(io("create the output directory"))?;
+    if !resume {
+        let needed = bytes + DISK_SLACK_BYTES;
+        let free = free_bytes(out).map_err(io("read the free space of"))?;
+        if free < needed {
+            return Err(PipelineError::DiskFull { path: out.to_owned(), needed, free });
+        }
+    }
+    Ok(())
+}
+
+/// Bytes that may still be written below `path`.
+fn free_bytes(path: &Path) -> std::io::Result<u64> {
+    let stat = rustix::fs::statvfs(path)?;
+    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+/// Removes what a failed conversion that is not to be resumed left: parts, journal and, when then
+/// empty, the directory itself.
+pub(super) fn discard(out: &Path) {
+    let _ = std::fs::remove_dir_all(out.join(WORK_DIR));
+    if let Ok(entries) = std::fs::read_dir(out) {
+        for entry in entries.flatten() {
+            if entry.path().extension().is_some_and(|extension| extension == "part") {
+                let _ = std::fs::remove_file(entry.path());
+            }
+        }
+    }
+    // Fails, as it should, when anything else is in it.
+    let _ = std::fs::remove_dir(out);
+}
+
+/// Writes tokenizer, generation config and config.json beside the tensors, then the manifest, and
+/// removes the journal: from then on the output is finished.
+///
+/// # Errors
+/// A sidecar that cannot be read or written.
+pub(super) fn complete(
+    source: &ModelSource,
+    plan: &ConversionPlan,
+    out: &Path,
+    source_files: Vec<SourceFile>,
+    only_blocks: Option<std::ops::Range<usize>>,
+    outcome: Outcome,
+) -> Result<(Manifest, Outcome)> {
+    for sidecar in sidecars(source)? {
+        let bytes = match sidecar.content {
+            SidecarContent::Bytes(bytes) => bytes,
+            SidecarContent::Copy(path) => std::fs::read(&path)
+                .map_err(|source| PipelineError::Io { path, action: "read", source })?,
+        };
+        OutputFile::write_whole(&out.join(sidecar.name), &bytes)?;
+    }
+    let manifest = Manifest {
+        sparsepack: env!("CARGO_PKG_VERSION").to_owned(),
+        recipe: plan.recipe.clone(),
+        format: plan.format,
+        only_blocks,
+        architecture: source.arch().name.clone(),
+        source: source_files,
+        calibration: outcome.calibration.clone(),
+        device: outcome.device.clone(),
+        tensors: tensor_records(plan, &outcome)?,
+        totals: Totals::default(),
+    };
+    let manifest = Manifest { totals: Totals::of(&manifest.tensors), ..manifest };
+    let config = output_config(source, plan, &manifest)?;
+    let json = |source| sparsepack_formats::FormatError::Json { path: out.to_owned(), source };
+    let mut config = serde_json::to_vec_pretty(&config).map_err(json)?;
+    config.push(b'\n');
+    OutputFile::write_whole(&out.join("config.json"), &config)?;
+    OutputFile::write_whole(&out.join(MANIFEST), &manifest.to_bytes().map_err(json)?)?;
+    OutputFile::sync_directory(out)?;
+    Ok((manifest, outcome))
+}
+
+/// The source's configuration, with the element type of the output and a short record of the
+/// pruning under a key of our own (never `quantization_config`, which loaders would interpret).
+fn output_config(
+    source: &ModelSource,
+    plan: &ConversionPlan,
+    manifest: &Manifest,
+) -> Result<serde_json::Value> {
+    let dtype = plan
+        .outputs
+        .iter()
+        .find(|output| output.linear.is_some())
+        .map_or(DType::Bf16, |output| output.encoding.value_dtype());
+    let mut config = match source.reader().metadata() {
+        ModelMetadata::HuggingFace { config, .. } => config.clone(),
+        _ => source.config().to_hf_json(source.arch(), dtype)?,
+    };
+    if let Some(object) = config.as_object_mut() {
+        let name = match dtype {
+            DType::F16 => "float16",
+            DType::F32 => "float32",
+            _ => "bfloat16",
+        };
+        for key in ["torch_dtype", "dtype"] {
+            if object.contains_key(key) {
+                object.insert(key.to_owned(), name.into());
+            }
+        }
+        if let Some(prune) = &plan.recipe.prune {
+            let totals = &manifest.totals;
+            object.insert(
+                "sparsepack".to_owned(),
+                serde_json::json!({
+                    "version": manifest.sparsepack,
+                    "format": manifest.format,
+                    "method": prune.method,
+                    "sparsity": prune.sparsity,
+                    "pruned_parameters": totals.pruned_parameters,
+                    "zeroed": totals.zeroed,
+                }),
+            );
+        }
+    }
+    Ok(config)
+}
+
+fn tensor_records(plan: &ConversionPlan, outcome: &Outcome) -> Result<Vec<TensorRecord>> {
+    plan.outputs
+        .iter()
+        .map(|output| {
+            let digests = outcome.digests.iter().find(|(name, _)| *name == output.name);
+            let digests: &[Digest] = digests.map_or(&[], |(_, digests)| digests);
+            Ok(TensorRecord {
+                name: output.name.clone(),
+                encoding: output.encoding,
+                shape: output.shape.clone(),
+                components: component_records(output, digests)?,
+                pruned: plan.layer_of(&output.name).and_then(|layer| {
+                    let report = outcome.reports.iter().find(|report| report.layer == layer.module)?;
+                    Some(PrunedRecord {
+                        method: layer.method,
+                        sparsity: layer.sparsity,
+                        report: report.clone(),
+                    })
+                }),
+            })
+        })
+        .collect()
+}
+
+fn component_records(output: &OutputTensor, digests: &[Digest]) -> Result<Vec<ComponentRecord>> {
+    let components = output.encoding.components(&output.name, &output.shape)?;
+    Ok(components
+        .into_iter()
+        .zip(digests)
+        .map(|(component, &sha256)| ComponentRecord {
+            name: format!("{}{}", output.name, component.suffix),
+            dtype: component.dtype,
+            bytes: component.bytes,
+            sha256,
+        })
+        .collect())
+}
+
+/// Name and size of every file of a source.
+///
+/// # Errors
+/// A file that cannot be examined.
+pub fn source_sizes(source: &ModelSource) -> Result<Vec<SourceSize>> {
+    source
+        .reader()
+        .files()
+        .into_iter()
+        .map(|path| {
+            let io = |source| PipelineError::Io { path: path.to_owned(), action: "examine", source };
+            let bytes = std::fs::metadata(path).map_err(io)?.len();
+            let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            Ok(SourceSize { file, bytes })
+        })
+        .collect()
+}
+
+/// Name, size and digest of every file of a source.
+///
+/// # Errors
+/// A file that cannot be read.
+pub fn source_digests(source: &ModelSource) -> Result<Vec<SourceFile>> {
+    let files = source.reader().files();
+    files
+        .into_iter()
+        .zip(source_sizes(source)?)
+        .map(|(path, size)| {
+            Ok(SourceFile { file: size.file, bytes: size.bytes, sha256: Digest::of_file(path)? })
+        })
+        .collect()
+}

@@ -1,0 +1,456 @@
+//! The plan: every output byte range, every layer's target and the peak memory, from headers and
+//! recipe alone. No tensor data is read.
+
+use std::{collections::BTreeMap, ops::Range};
+
+use serde::Serialize;
+use sparsepack_formats::{DType, Encoding, FormatError, ModelMetadata, ShardLayout};
+
+use super::{
+    budget::MemoryBudget,
+    error::{PipelineError, Result},
+};
+use crate::{
+    calibration::StatKind,
+    compress::{Method, SolveError, SolverOptions, Sparsity},
+    model::{CapturePoint, ModelSource, ModelTensor, Role, TensorKind},
+    recipe::{OutputFormat, PruneRecipe, Recipe, RecipeError, Selector, Sequential},
+};
+
+/// A shard is closed before it would grow beyond this; a block is never split.
+const SHARD_BYTES: u64 = 4 << 30;
+
+/// One linear to prune.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct LayerPlan {
+    /// Module name, without `.weight`.
+    pub module: String,
+    /// What the layer is in its block.
+    pub role: Role,
+    /// The input it shares with others.
+    pub capture: CapturePoint,
+    /// `out_features`.
+    pub rows: usize,
+    /// `in_features`.
+    pub cols: usize,
+    /// How weights are chosen.
+    pub method: Method,
+    /// What to reach.
+    pub sparsity: Sparsity,
+}
+
+/// One decoder block.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct BlockPlan {
+    /// Its number.
+    pub index: usize,
+    /// Its linears to prune; the others stay dense.
+    pub layers: Vec<LayerPlan>,
+}
+
+impl BlockPlan {
+    /// The layers to prune whose input is `point`.
+    pub fn layers_at(&self, point: CapturePoint) -> impl Iterator<Item = &LayerPlan> {
+        self.layers.iter().filter(move |layer| layer.capture == point)
+    }
+
+    /// What calibration must collect at `point`.
+    pub fn needs_at(&self, point: CapturePoint) -> StatKind {
+        self.layers_at(point).map(|layer| layer.method.needs()).max().unwrap_or(StatKind::None)
+    }
+
+    /// The most that any point needs.
+    pub fn needs(&self) -> StatKind {
+        self.layers.iter().map(|layer| layer.method.needs()).max().unwrap_or(StatKind::None)
+    }
+}
+
+/// One tensor to write.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct OutputTensor {
+    /// Hugging Face name.
+    pub name: String,
+    /// How it is stored.
+    #[serde(flatten)]
+    pub encoding: Encoding,
+    /// Row-major shape.
+    pub shape: Vec<usize>,
+    /// Bytes of all components.
+    pub bytes: u64,
+    /// The decoder block it belongs to.
+    pub block: Option<usize>,
+    /// Its role when it is a linear's weight, which the block loop writes.
+    pub linear: Option<Role>,
+}
+
+/// What a conversion will do.
+#[derive(Debug, Clone, Serialize)]
+pub struct ConversionPlan {
+    /// The recipe with every default filled in.
+    pub recipe: Recipe,
+    /// Container of the output.
+    pub format: OutputFormat,
+    /// Order of capture and solving.
+    pub sequential: Sequential,
+    /// Every decoder block.
+    pub blocks: Vec<BlockPlan>,
+    /// Tensors in output order.
+    pub outputs: Vec<OutputTensor>,
+    /// Memory at the peak, by purpose.
+    pub budget: MemoryBudget,
+    /// Bytes of tensor data that will be written.
+    pub output_bytes: u64,
+    /// Bytes of tensor data in the source.
+    pub source_bytes: u64,
+    /// Floating-point operations of the conversion.
+    pub flops: f64,
+    #[serde(skip)]
+    shard_starts: Vec<usize>,
+    #[serde(skip)]
+    solver: SolverOptions,
+}
+
+impl ConversionPlan {
+    /// Plans a conversion of `source`. Only layers of `only_blocks`, where given, are pruned.
+    ///
+    /// # Errors
+    /// A selector that matches nothing, a pattern that does not fit a layer, a format that cannot
+    /// hold the result, options that contradict each other.
+    pub fn new(
+        source: &ModelSource,
+        recipe: &Recipe,
+        only_blocks: Option<Range<usize>>,
+    ) -> Result<Self> {
+        let config = source.config();
+        let blocks = plan_blocks(source, recipe, only_blocks.as_ref())?;
+        let needs = blocks.iter().map(BlockPlan::needs).max().unwrap_or(StatKind::None);
+        check_calibration(recipe, needs, config.max_position_embeddings)?;
+
+        let format = recipe.output.format.unwrap_or(OutputFormat::Safetensors);
+        let outputs = plan_outputs(source, recipe, format, &blocks)?;
+        if format == OutputFormat::Packed
+            && !outputs.iter().any(|output| matches!(output.encoding, Encoding::Sparse24 { .. }))
+        {
+            return Err(PipelineError::Unsupported {
+                format: "packed",
+                why: "no layer becomes 2:4 sparse, and only 2:4 layers are packed; prune to 2:4 \
+                      or write --format safetensors"
+                    .to_owned(),
+            });
+        }
+        let shard_starts = plan_shards(&outputs);
+        let output_bytes = outputs.iter().map(|output| output.bytes).sum();
+        let source_bytes = source.tensors().iter().map(|tensor| tensor.stored_bytes).sum();
+        let prune = recipe.prune.as_ref();
+        let mut resolved = recipe.clone();
+        resolved.output.format = Some(format);
+        Ok(Self {
+            budget: MemoryBudget::new(source, &blocks, &recipe.calibration),
+            flops: super::budget::conversion_flops(source, &blocks, &recipe.calibration),
+            recipe: resolved,
+            format,
+            sequential: prune.map(|prune| prune.sequential).unwrap_or_default(),
+            solver: prune.map_or_else(SolverOptions::default, |prune| SolverOptions {
+                damp: prune.damp,
+                column_block: prune.column_block,
+            }),
+            blocks,
+            outputs,
+            output_bytes,
+            source_bytes,
+            shard_starts,
+        })
+    }
+
+    /// Settings of the solvers.
+    pub fn solver_options(&self) -> SolverOptions {
+        self.solver
+    }
+
+    /// The most that any layer needs from calibration.
+    pub fn needs(&self) -> StatKind {
+        self.blocks.iter().map(BlockPlan::needs).max().unwrap_or(StatKind::None)
+    }
+
+    /// The last block that needs activations; later ones are written without running them.
+    pub fn last_calibrated_block(&self) -> Option<usize> {
+        self.blocks.iter().rposition(|block| block.needs() > StatKind::None)
+    }
+
+    /// The shards, each with its tensors in order.
+    pub fn shards(&self) -> Vec<ShardLayout> {
+        let ends = self.shard_starts.iter().skip(1).copied().chain([self.outputs.len()]);
+        self.shard_starts
+            .iter()
+            .zip(ends)
+            .map(|(&start, end)| ShardLayout {
+                tensors: self.outputs[start..end]
+                    .iter()
+                    .map(|output| (output.name.clone(), output.encoding, output.shape.clone()))
+                    .collect(),
+                metadata: BTreeMap::new(),
+            })
+            .collect()
+    }
+
+    /// The output called `name`.
+    ///
+    /// # Errors
+    /// There is none: a defect of the caller.
+    pub fn output(&self, name: &str) -> Result<&OutputTensor> {
+        self.outputs.iter().find(|output| output.name == name).ok_or_else(|| {
+            FormatError::Encoding { name: name.to_owned(), what: "is not planned".to_owned() }.into()
+        })
+    }
+
+    /// The planned layer whose weight is the tensor `name`.
+    pub fn layer_of(&self, name: &str) -> Option<&LayerPlan> {
+        let module = name.strip_suffix(".weight")?;
+        self.blocks.iter().flat_map(|block| &block.layers).find(|layer| layer.module == module)
+    }
+}
+
+fn plan_blocks(
+    source: &ModelSource,
+    recipe: &Recipe,
+    only_blocks: Option<&Range<usize>>,
+) -> Result<Vec<BlockPlan>> {
+    let (arch, config) = (source.arch(), source.config());
+    let count = config.num_hidden_layers;
+    if let Some(range) = only_blocks.filter(|range| range.end > count) {
+        return Err(contradiction(format!(
+            "blocks {}..{} were asked for but the model has {count}",
+            range.start, range.end
+        )));
+    }
+    let Some(prune) = &recipe.prune else {
+        if !recipe.rules.is_empty() {
+            return Err(contradiction("[[rule]] needs a [prune] section to be an exception of".into()));
+        }
+        if only_blocks.is_some() {
+            return Err(contradiction("--blocks selects blocks to prune, but nothing is pruned".into()));
+        }
+        return Ok((0..count).map(|index| BlockPlan { index, layers: Vec::new() }).collect());
+    };
+    check_options(prune)?;
+
+    let mut matched = MatchLog::default();
+    let mut blocks = Vec::with_capacity(count);
+    for index in 0..count {
+        let mut layers = Vec::new();
+        for spec in &arch.linears {
+            let module = spec.module(index);
+            let choice = choose(prune, recipe, &module, spec.role, index, &mut matched);
+            let inside = only_blocks.is_none_or(|range| range.contains(&index));
+            let Some((method, sparsity)) = choice.filter(|_| inside) else { continue };
+            let [rows, cols] = config.linear_shape(spec.role);
+            if let (Sparsity::NofM { m, .. }, false) = (sparsity, sparsity.fits(cols)) {
+                return Err(SolveError::GroupSize { layer: module, cols, m }.into());
+            }
+            layers.push(LayerPlan {
+                module,
+                role: spec.role,
+                capture: spec.capture,
+                rows,
+                cols,
+                method,
+                sparsity,
+            });
+        }
+        blocks.push(BlockPlan { index, layers });
+    }
+    let example = arch.linears.first().map(|spec| spec.module(0)).unwrap_or_default();
+    matched.check(prune, recipe, &example)?;
+    if blocks.iter().all(|block| block.layers.is_empty()) {
+        return Err(contradiction("every layer is ignored, so there is nothing to prune".into()));
+    }
+    Ok(blocks)
+}
+
+fn check_options(prune: &PruneRecipe) -> Result<()> {
+    if !(prune.damp.is_finite() && prune.damp > 0.0) {
+        return Err(contradiction(format!("damp is {} (expected a positive number)", prune.damp)));
+    }
+    if prune.column_block == 0 {
+        return Err(contradiction("column_block is 0 (expected at least 1)".into()));
+    }
+    Ok(())
+}
+
+/// Which selectors have matched something so far.
+#[derive(Default)]
+struct MatchLog(BTreeMap<(&'static str, usize), bool>);
+
+impl MatchLog {
+    fn any(
+        &mut self,
+        place: &'static str,
+        selectors: &[Selector],
+        first: usize,
+        module: &str,
+        role: Role,
+        block: usize,
+    ) -> bool {
+        let mut any = false;
+        for (offset, selector) in selectors.iter().enumerate() {
+            let hit = selector.matches(module, role.name(), block);
+            *self.0.entry((place, first + offset)).or_default() |= hit;
+            any |= hit;
+        }
+        any
+    }
+
+    fn check(&self, prune: &PruneRecipe, recipe: &Recipe, example: &str) -> Result<()> {
+        let rules: Vec<&Selector> = recipe.rules.iter().flat_map(|rule| &rule.targets).collect();
+        for ((place, index), hit) in &self.0 {
+            if *hit {
+                continue;
+            }
+            let selector = match *place {
+                "targets" => &prune.targets[*index],
+                "ignore" => &prune.ignore[*index],
+                _ => rules[*index],
+            };
+            return Err(RecipeError::NoMatch {
+                selector: selector.to_string(),
+                place,
+                example: example.to_owned(),
+            }
+            .into());
+        }
+        Ok(())
+    }
+}
+
+/// Method and sparsity of one linear, or `None` to leave it dense. Rules come first, in order.
+fn choose(
+    prune: &PruneRecipe,
+    recipe: &Recipe,
+    module: &str,
+    role: Role,
+    block: usize,
+    matched: &mut MatchLog,
+) -> Option<(Method, Sparsity)> {
+    let targeted = matched.any("targets", &prune.targets, 0, module, role, block);
+    let ignored = matched.any("ignore", &prune.ignore, 0, module, role, block);
+    let mut rule = None;
+    let mut first = 0;
+    for candidate in &recipe.rules {
+        let hit = matched.any("[[rule]] targets", &candidate.targets, first, module, role, block);
+        first += candidate.targets.len();
+        if hit && rule.is_none() {
+            rule = Some(candidate);
+        }
+    }
+    match rule {
+        Some(rule) if rule.dense => None,
+        Some(rule) => {
+            Some((rule.method.unwrap_or(prune.method), rule.sparsity.unwrap_or(prune.sparsity)))
+        }
+        None => (targeted && !ignored).then_some((prune.method, prune.sparsity)),
+    }
+}
+
+fn check_calibration(recipe: &Recipe, needs: StatKind, max_positions: usize) -> Result<()> {
+    let calibration = &recipe.calibration;
+    match (&calibration.file, needs) {
+        (None, StatKind::None) => Ok(()),
+        (Some(_), StatKind::None) => Err(contradiction(
+            "a calibration text is given, but no layer's method uses one (magnitude looks at \
+             weights only)"
+                .into(),
+        )),
+        (None, _) => Err(contradiction(
+            "this method needs calibration text: give --calibration FILE".into(),
+        )),
+        (Some(_), _) if calibration.samples == 0 || calibration.seq_len < 2 => {
+            Err(contradiction(format!(
+                "{} calibration windows of {} tokens (expected at least 1 of at least 2)",
+                calibration.samples, calibration.seq_len
+            )))
+        }
+        (Some(_), _) if calibration.seq_len > max_positions => Err(contradiction(format!(
+            "calibration windows of {} tokens are longer than the model's \
+             max_position_embeddings of {max_positions}",
+            calibration.seq_len
+        ))),
+        _ => Ok(()),
+    }
+}
+
+fn contradiction(what: String) -> PipelineError {
+    RecipeError::Contradiction { what }.into()
+}
+
+fn plan_outputs(
+    source: &ModelSource,
+    recipe: &Recipe,
+    format: OutputFormat,
+    blocks: &[BlockPlan],
+) -> Result<Vec<OutputTensor>> {
+    let asked = recipe.output.dtype.map(DType::from);
+    let gguf = matches!(source.reader().metadata(), ModelMetadata::Gguf(_));
+    source
+        .tensors()
+        .iter()
+        .map(|tensor| {
+            let dtype = output_dtype(tensor, asked, gguf);
+            let linear = match tensor.kind {
+                TensorKind::Linear { block, role } => Some((block, role)),
+                _ => None,
+            };
+            let layer = linear.and_then(|(block, role)| {
+                blocks[block].layers.iter().find(|layer| layer.role == role)
+            });
+            let encoding = match layer.map(|layer| layer.sparsity) {
+                Some(Sparsity::NofM { n: 2, m: 4 }) if format == OutputFormat::Packed => {
+                    Encoding::Sparse24 { dtype }
+                }
+                _ => Encoding::Dense { dtype },
+            };
+            let components = encoding.components(&tensor.name, &tensor.shape)?;
+            Ok(OutputTensor {
+                name: tensor.name.clone(),
+                encoding,
+                shape: tensor.shape.clone(),
+                bytes: components.iter().map(|component| component.bytes).sum(),
+                block: tensor.kind.block(),
+                linear: linear.map(|(_, role)| role),
+            })
+        })
+        .collect()
+}
+
+/// The element type a tensor is written in: the one asked for, else its own. A GGUF file's types
+/// are mixed (quantized matrices, f32 norms), so all of it becomes bf16. Tensors that are not float
+/// weights keep their type.
+fn output_dtype(tensor: &ModelTensor, asked: Option<DType>, gguf: bool) -> DType {
+    let own = tensor.encoding.value_dtype();
+    if !own.is_float_weight() {
+        return own;
+    }
+    asked.unwrap_or(if gguf { DType::Bf16 } else { own })
+}
+
+/// First output of every shard. Tensors of one block stay together.
+fn plan_shards(outputs: &[OutputTensor]) -> Vec<usize> {
+    let mut starts = vec![0];
+    let mut shard_bytes = 0;
+    let mut unit_start = 0;
+    while unit_start < outputs.len() {
+        let block = outputs[unit_start].block;
+        let unit_len = match block {
+            None => 1,
+            Some(_) => outputs[unit_start..].iter().take_while(|output| output.block == block).count(),
+        };
+        let unit = &outputs[unit_start..unit_start + unit_len];
+        let unit_bytes: u64 = unit.iter().map(|output| output.bytes).sum();
+        if shard_bytes > 0 && shard_bytes + unit_bytes > SHARD_BYTES {
+            starts.push(unit_start);
+            shard_bytes = 0;
+        }
+        shard_bytes += unit_bytes;
+        unit_start += unit_len;
+    }
+    starts
+}

@@ -1,0 +1,388 @@
+//! The conversion: one loop over blocks (load, solve, pack, record), resumable after a crash.
+
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use sparsepack_formats::{DType, Digest, Encoding, SafetensorsWriter, encoding};
+
+use super::{
+    error::Result,
+    journal::{Finished, Journal, RunIdentity},
+    loader::{LoadedBlock, round_to_stored},
+    manifest::CalibrationRecord,
+    packer::Packer,
+    plan::{BlockPlan, ConversionPlan, OutputTensor},
+    progress::{BlockReport, Phase, PhaseTimes, Progress, resident_bytes},
+    stages::StageContext,
+};
+use crate::{
+    backend::{Backend, BackendJob, HostData, HostMatrix, SequenceLens},
+    calibration::{CalibrationSet, HiddenStates, HostActivations, StatKind},
+    compress::LayerReport,
+    model::{BlockGeometry, CapturePoint, ModelSource, embed},
+};
+
+/// How a conversion runs; nothing here changes a byte of the output.
+#[derive(Debug, Clone, Copy)]
+pub struct RunOptions {
+    /// Continue an interrupted run.
+    pub resume: bool,
+    /// Least time between checkpoints.
+    pub checkpoint_interval: Duration,
+    /// Keep activations in a temporary file when they would need more memory than this.
+    pub memory_bytes: Option<u64>,
+}
+
+/// A conversion ready to run.
+pub struct Conversion<'a> {
+    /// The model.
+    pub source: &'a ModelSource,
+    /// What to do.
+    pub plan: &'a ConversionPlan,
+    /// What solvers learn from; `None` for methods that look at weights only.
+    pub calibration: Option<&'a CalibrationSet>,
+    /// Output directory; exists.
+    pub out: &'a Path,
+    /// How to run.
+    pub options: RunOptions,
+    /// Told as the work goes on.
+    pub progress: &'a dyn Progress,
+}
+
+/// What a finished run hands on for its manifest.
+#[derive(Debug)]
+pub struct Outcome {
+    /// Tensors with the digests of their components.
+    pub digests: Vec<(String, Vec<Digest>)>,
+    /// Reports of the solved layers.
+    pub reports: Vec<LayerReport>,
+    /// Where the time went.
+    pub times: PhaseTimes,
+    /// Device and arithmetic.
+    pub device: String,
+    /// Measured throughput of large products, FLOP/s.
+    pub gemm_ceiling: Option<f64>,
+    /// What was calibrated with.
+    pub calibration: Option<CalibrationRecord>,
+    /// The work directory's journal, to be removed once the manifest is in place.
+    pub journal: Journal,
+}
+
+impl BackendJob for Conversion<'_> {
+    type Output = Result<Outcome>;
+
+    fn run<B: Backend>(self, b: &B) -> Result<Outcome> {
+        let (mut run, first_block) = Run::start(b, &self)?;
+        for block in &self.plan.blocks[first_block..] {
+            let began = Instant::now();
+            self.source.prefetch(block.index + 1);
+            let mut loaded = run.times.time(Phase::Load, || LoadedBlock::load(b, self.source, block.index))?;
+            let reports = run.solve(block, &mut loaded)?;
+            run.write_rest(block.index)?;
+            self.source.release(block.index);
+            run.record(block, &reports, began)?;
+        }
+        run.finish()
+    }
+}
+
+/// State of a running conversion.
+struct Run<'a, B: Backend> {
+    b: &'a B,
+    job: &'a Conversion<'a>,
+    geometry: BlockGeometry,
+    hidden: Option<HiddenStates>,
+    packer: Packer,
+    journal: Journal,
+    digests: Vec<(String, Vec<Digest>)>,
+    /// Tensors written since the last checkpoint.
+    unrecorded: Vec<String>,
+    reports: Vec<LayerReport>,
+    times: PhaseTimes,
+    gemm_ceiling: Option<f64>,
+}
+
+impl<'a, B: Backend> Run<'a, B> {
+    /// Opens journal and writer, brings back what an interrupted run had, or starts afresh.
+    fn start(b: &'a B, job: &'a Conversion<'a>) -> Result<(Self, usize)> {
+        let plan = job.plan;
+        let source = super::source_sizes(job.source)?;
+        let tokens = job.calibration.map(|set| set.digest);
+        let identity = RunIdentity::new(plan, &source, tokens, &b.describe())
+            .map_err(|source| sparsepack_formats::FormatError::Json { path: job.out.into(), source })?;
+        let interval = job.options.checkpoint_interval;
+        let shards = plan.shards();
+        let (journal, finished, writer) = if job.options.resume {
+            let (journal, finished) = Journal::resume(job.out, &identity, interval)?;
+            let mut writer = SafetensorsWriter::resume(job.out, &shards)?;
+            for (name, digests) in &finished.tensors {
+                writer.adopt(name, digests)?;
+            }
+            (journal, finished, writer)
+        } else {
+            let journal = Journal::create(job.out, &identity, interval)?;
+            (journal, Finished::default(), SafetensorsWriter::create(job.out, &shards)?)
+        };
+        let positions = job.calibration.map_or(0, window_of);
+        let mut run = Self {
+            b,
+            job,
+            geometry: BlockGeometry::new(job.source.arch(), job.source.config(), positions),
+            hidden: None,
+            packer: Packer::start(writer),
+            journal,
+            digests: finished.tensors.clone(),
+            unrecorded: Vec::new(),
+            reports: finished.reports.clone(),
+            times: PhaseTimes::default(),
+            gemm_ceiling: None,
+        };
+        let units = run.units();
+        job.progress.start(units);
+        if plan.needs() > StatKind::None {
+            run.gemm_ceiling = Some(b.measure_gemm_ceiling()?);
+        }
+        if finished.blocks_done == 0 && finished.tensors.is_empty() {
+            run.write_before_blocks()?;
+        }
+        run.enter_first_block(&finished)?;
+        Ok((run, finished.blocks_done))
+    }
+
+    /// Units of progress: one a block, and one a batch for each pass.
+    fn units(&self) -> u64 {
+        let plan = self.job.plan;
+        let batches = self.job.calibration.map_or(0, |set| batch_lens(set).len() as u64);
+        let calibrated = plan.last_calibrated_block().map_or(0, |last| last as u64 + 1);
+        // The four capture points and the end of the block; the block order makes two passes.
+        let passes = match plan.sequential {
+            crate::recipe::Sequential::True => CapturePoint::ALL.len() as u64 + 1,
+            crate::recipe::Sequential::Block => 2,
+        };
+        plan.blocks.len() as u64 + calibrated * passes * batches
+    }
+
+    /// The activations that enter the first block still to do.
+    fn enter_first_block(&mut self, finished: &Finished) -> Result<()> {
+        let (job, b) = (self.job, self.b);
+        let Some(set) = job.calibration else { return Ok(()) };
+        if job.plan.last_calibrated_block().is_none_or(|last| finished.blocks_done > last) {
+            return Ok(());
+        }
+        let config = job.source.config();
+        let lens = batch_lens(set);
+        let budget = &job.plan.budget;
+        let spill = job.options.memory_bytes.is_some_and(|limit| budget.peak_bytes > limit);
+        let mut hidden = if spill {
+            tracing::info!(
+                bytes = budget.hidden_bytes,
+                "activations do not fit the memory budget and go to a temporary file"
+            );
+            let widest = super::budget::widest_kept_input(config) as usize;
+            HiddenStates::spilled(lens, self.journal.dir(), config.hidden_size, widest)?
+        } else {
+            HiddenStates::in_memory(lens)
+        };
+        if finished.blocks_done > 0 {
+            self.journal.load_hidden(finished, &mut hidden, config.hidden_size)?;
+        } else {
+            let start = Instant::now();
+            let mut windows = set.ids.iter();
+            for batch in 0..hidden.batches() {
+                let count = hidden.lens(batch).ranges().count();
+                let mut values = Vec::new();
+                for window in windows.by_ref().take(count) {
+                    values.extend(embed(job.source, window)?);
+                }
+                let rows = hidden.lens(batch).tokens();
+                let residual =
+                    HostMatrix { rows, cols: config.hidden_size, data: HostData::F32(values) };
+                let residual = b.into_host(b.from_host(residual)?)?;
+                hidden.put(batch, HostActivations { residual, input: None })?;
+            }
+            self.times.charge(Phase::Load, start.elapsed().as_secs_f64(), 0.0);
+        }
+        self.hidden = Some(hidden);
+        Ok(())
+    }
+
+    /// Solves the block's layers and writes its linears as they are finished.
+    fn solve(&mut self, plan: &BlockPlan, loaded: &mut LoadedBlock<B>) -> Result<Vec<LayerReport>> {
+        let job = self.job;
+        let stages = StageContext {
+            backend: self.b,
+            arch: job.source.arch(),
+            config: job.source.config(),
+            geometry: &self.geometry,
+            options: job.plan.solver_options(),
+            sequential: job.plan.sequential,
+            progress: job.progress,
+        };
+        let (packer, unrecorded) = (&mut self.packer, &mut self.unrecorded);
+        let mut finish = |loaded: &mut LoadedBlock<B>, point, times: &mut PhaseTimes| {
+            for linear in loaded.linears.iter_mut().filter(|linear| linear.capture == point) {
+                let output = job.plan.output(&linear.tensor)?;
+                let parts = times.time(Phase::Encode, || {
+                    encode_linear(output, linear.rows, linear.cols, &mut linear.weight)
+                })?;
+                times.time(Phase::Write, || {
+                    parts.into_iter().enumerate().try_for_each(|(component, bytes)| {
+                        packer.write(&output.name, component, bytes)
+                    })
+                })?;
+                unrecorded.push(output.name.clone());
+            }
+            Ok(())
+        };
+        let calibrated = job.plan.last_calibrated_block().is_some_and(|last| plan.index <= last);
+        match self.hidden.as_mut().filter(|_| calibrated) {
+            Some(hidden) => stages.solve_block(plan, loaded, hidden, &mut self.times, finish),
+            None => {
+                let reports = stages.solve_data_free(plan, loaded, &mut self.times)?;
+                for point in CapturePoint::ALL {
+                    finish(loaded, point, &mut self.times)?;
+                }
+                Ok(reports)
+            }
+        }
+    }
+
+    /// Writes what stands before the first block.
+    fn write_before_blocks(&mut self) -> Result<()> {
+        let first = self.job.plan.outputs.iter().take_while(|output| output.block.is_none());
+        first.into_iter().try_for_each(|output| self.copy(output))
+    }
+
+    /// Writes the tensors of a block that are not linears.
+    fn write_rest(&mut self, block: usize) -> Result<()> {
+        let outputs = self.job.plan.outputs.iter();
+        outputs
+            .filter(|output| output.block == Some(block) && output.linear.is_none())
+            .try_for_each(|output| self.copy(output))
+    }
+
+    /// Writes what stands after the last block.
+    fn write_after_blocks(&mut self) -> Result<()> {
+        let outputs = self.job.plan.outputs.iter();
+        outputs
+            .skip_while(|output| output.block.is_none())
+            .filter(|output| output.block.is_none())
+            .try_for_each(|output| self.copy(output))
+    }
+
+    /// Copies a tensor through in its output type, some rows at a time.
+    fn copy(&mut self, output: &OutputTensor) -> Result<()> {
+        let start = Instant::now();
+        let (source, packer) = (self.job.source, &mut self.packer);
+        super::copy::copy_tensor(source, output, |bytes| packer.write(&output.name, 0, bytes))?;
+        self.times.charge(Phase::Encode, start.elapsed().as_secs_f64(), 0.0);
+        self.unrecorded.push(output.name.clone());
+        Ok(())
+    }
+
+    /// Reports a finished block and makes a checkpoint when one is due.
+    fn record(&mut self, plan: &BlockPlan, reports: &[LayerReport], began: Instant) -> Result<()> {
+        let report = self.block_report(plan, reports, began);
+        self.job.progress.block(&report);
+        self.job.progress.advance(1);
+        self.reports.extend_from_slice(reports);
+        self.journal.note(reports);
+        if self.journal.due() {
+            self.checkpoint(plan.index + 1)?;
+        }
+        Ok(())
+    }
+
+    fn checkpoint(&mut self, blocks_done: usize) -> Result<()> {
+        let names = std::mem::take(&mut self.unrecorded);
+        let packer = &mut self.packer;
+        let digests = self.times.time(Phase::Write, || packer.sync(names.clone()))?;
+        let finished: Vec<_> = names.into_iter().zip(digests).collect();
+        self.digests.extend(finished.iter().cloned());
+        self.journal.commit(blocks_done, finished, self.hidden.as_mut())
+    }
+
+    fn block_report(&self, plan: &BlockPlan, reports: &[LayerReport], began: Instant) -> BlockReport {
+        let config = self.job.source.config();
+        let weights = super::budget::block_weights(self.job.source.arch(), config) as f64;
+        let zeroed: u64 = reports.iter().map(|report| report.zeroed).sum();
+        let errors: Vec<f64> = reports.iter().filter_map(|report| report.relative_error).collect();
+        let linears = self.job.plan.outputs.iter();
+        let bytes: u64 = linears
+            .filter(|output| output.block == Some(plan.index) && output.linear.is_some())
+            .map(|output| output.bytes)
+            .sum();
+        BlockReport {
+            block: plan.index,
+            sparsity: zeroed as f64 / weights,
+            relative_error: (!errors.is_empty())
+                .then(|| errors.iter().sum::<f64>() / errors.len() as f64),
+            damp: reports.iter().filter_map(|report| report.damp).reduce(f64::max),
+            bits_per_weight: bytes as f64 * 8.0 / weights,
+            secs: began.elapsed().as_secs_f64(),
+            rss_bytes: resident_bytes().map(|(now, _)| now),
+        }
+    }
+
+    fn finish(mut self) -> Result<Outcome> {
+        self.write_after_blocks()?;
+        let names = std::mem::take(&mut self.unrecorded);
+        let packer = &mut self.packer;
+        let digests = self.times.time(Phase::Write, || packer.sync(names.clone()))?;
+        self.digests.extend(names.into_iter().zip(digests));
+        let packer = self.packer;
+        self.times.time(Phase::Write, || packer.finish())?;
+        self.job.progress.finish();
+        let calibration = self.job.calibration.map(|set| CalibrationRecord {
+            tokens_sha256: set.digest,
+            windows: set.ids.len(),
+            tokens: set.ids.iter().map(Vec::len).sum(),
+        });
+        Ok(Outcome {
+            digests: self.digests,
+            reports: self.reports,
+            times: self.times,
+            device: self.b.describe(),
+            gemm_ceiling: self.gemm_ceiling,
+            calibration,
+            journal: self.journal,
+        })
+    }
+}
+
+/// Rounds a linear to its output type in place, so that the run goes on with what is stored, and
+/// returns the bytes of its components.
+fn encode_linear(
+    output: &OutputTensor,
+    rows: usize,
+    cols: usize,
+    weight: &mut [f32],
+) -> Result<Vec<Vec<u8>>> {
+    let dtype: DType = output.encoding.value_dtype();
+    let dense = round_to_stored(&output.name, dtype, weight)?;
+    Ok(match output.encoding {
+        Encoding::Sparse24 { .. } => {
+            let (mut values, mut metadata) = (Vec::new(), Vec::new());
+            let shape = encoding::MatrixShape { rows, cols };
+            encoding::sparse24::encode(&output.name, dtype, shape, &dense, &mut values, &mut metadata)?;
+            vec![values, metadata]
+        }
+        _ => vec![dense],
+    })
+}
+
+/// Tokens of a window.
+fn window_of(set: &CalibrationSet) -> usize {
+    set.ids.first().map_or(0, Vec::len)
+}
+
+/// Sequences stacked into batches of about [`BATCH_TOKENS`](super::budget::BATCH_TOKENS) tokens.
+fn batch_lens(set: &CalibrationSet) -> Vec<SequenceLens> {
+    let per_batch = (super::budget::BATCH_TOKENS / window_of(set).max(1)).max(1);
+    set.ids
+        .chunks(per_batch)
+        .map(|windows| SequenceLens::new(windows.iter().map(Vec::len).collect()))
+        .collect()
+}

@@ -1,0 +1,313 @@
+//! One block: capture the inputs of its linears, solve them, carry the compressed activations on.
+//!
+//! The staged order (`--sequential true`) stops at each capture point: every batch is brought to
+//! the point, the linears that share it are solved, and their compressed outputs feed the next
+//! point. That is one forward pass for a block. The block order captures everything on the dense
+//! block and then replays it compressed: two passes, as the reference implementation does.
+
+use std::time::Instant;
+
+use super::{
+    budget::{block_forward_flops, factor_flops, gram_flops, stage_weights, sweep_flops},
+    error::{PipelineError, Result},
+    loader::LoadedBlock,
+    plan::{BlockPlan, LayerPlan},
+    progress::{Phase, PhaseTimes, Progress},
+};
+use crate::{
+    backend::{Backend, BackendError, SequenceLens},
+    calibration::{HiddenStates, HostActivations, StatKind, Statistic},
+    compress::{Layer, LayerReport, Method, SolveTimes, SolverOptions, solver},
+    model::{Activations, Architecture, Block, BlockGeometry, CapturePoint, ModelConfig},
+    recipe::Sequential,
+};
+
+/// What solving blocks needs besides the block.
+pub(super) struct StageContext<'a, B: Backend> {
+    /// The device.
+    pub backend: &'a B,
+    /// The family, for operation counts.
+    pub arch: &'a Architecture,
+    /// Dimensions, for operation counts.
+    pub config: &'a ModelConfig,
+    /// What does not change from block to block.
+    pub geometry: &'a BlockGeometry,
+    /// Settings of the solvers.
+    pub options: SolverOptions,
+    /// Order of capture and solving.
+    pub sequential: Sequential,
+    /// Told as batches pass.
+    pub progress: &'a dyn Progress,
+}
+
+/// Part of a block that a pass runs.
+#[derive(Debug, Clone, Copy)]
+struct Span {
+    /// The point whose input the activations hold; the start of the block when `None`.
+    from: Option<CapturePoint>,
+    /// The point whose input they shall hold; the end of the block when `None`.
+    to: Option<CapturePoint>,
+}
+
+/// Fraction of calibration tokens that may be non-finite before the run stops (a tenth, as
+/// exllamav3's converter allows).
+const MAX_NON_FINITE: usize = 10;
+
+impl<B: Backend> StageContext<'_, B> {
+    /// Solves the planned layers of a block without activations (magnitude).
+    ///
+    /// # Errors
+    /// As the solver.
+    pub fn solve_data_free(
+        &self,
+        plan: &BlockPlan,
+        loaded: &mut LoadedBlock<B>,
+        times: &mut PhaseTimes,
+    ) -> Result<Vec<LayerReport>> {
+        let mut reports = Vec::new();
+        for point in CapturePoint::ALL {
+            let features = self.config.capture_width(point);
+            let mut nothing = Statistic::new(self.backend, StatKind::None, features, 1)?;
+            reports.extend(self.solve_point(plan, loaded, point, &mut nothing, times)?);
+        }
+        Ok(reports)
+    }
+
+    /// Captures, solves and carries `hidden` on to the next block. `finish` is called with each
+    /// linear of a point once it has its final values, before they are used.
+    ///
+    /// # Errors
+    /// As the solver, `finish`, or the store of activations.
+    pub fn solve_block(
+        &self,
+        plan: &BlockPlan,
+        loaded: &mut LoadedBlock<B>,
+        hidden: &mut HiddenStates,
+        times: &mut PhaseTimes,
+        mut finish: impl FnMut(&mut LoadedBlock<B>, CapturePoint, &mut PhaseTimes) -> Result<()>,
+    ) -> Result<Vec<LayerReport>> {
+        let mut reports = Vec::new();
+        let captured = match self.sequential {
+            Sequential::Block if plan.needs() > StatKind::None => {
+                Some(self.capture_block(plan, loaded, hidden, times)?)
+            }
+            _ => None,
+        };
+        let mut captured = captured.map(|statistics| statistics.into_iter());
+        // Where the activations in `hidden` stand: at this point, with its linears not applied.
+        let mut at = None;
+        for point in CapturePoint::ALL {
+            let mut statistic = match &mut captured {
+                Some(statistics) => statistics.next(),
+                None => None,
+            };
+            if statistic.is_none() {
+                let kind = plan.needs_at(point);
+                let mut fresh = self.statistic(kind, point, hidden)?;
+                if kind > StatKind::None {
+                    let span = Span { from: at, to: Some(point) };
+                    self.pass(plan, &loaded.block, hidden, times, span, |b, x| fresh.add(b, x))?;
+                    at = Some(point);
+                }
+                statistic = Some(fresh);
+            }
+            let Some(mut statistic) = statistic else { continue };
+            check_finite(plan.index, &statistic)?;
+            reports.extend(self.solve_point(plan, loaded, point, &mut statistic, times)?);
+            drop(statistic);
+            finish(loaded, point, times)?;
+            times.time(Phase::Load, || loaded.install(self.backend, point))?;
+        }
+        let rest = Span { from: at, to: None };
+        self.pass(plan, &loaded.block, hidden, times, rest, |_, _| Ok(()))?;
+        Ok(reports)
+    }
+
+    /// Runs the dense block over every batch, collecting all statistics; `hidden` is unchanged.
+    fn capture_block(
+        &self,
+        plan: &BlockPlan,
+        loaded: &mut LoadedBlock<B>,
+        hidden: &mut HiddenStates,
+        times: &mut PhaseTimes,
+    ) -> Result<Vec<Statistic<B>>> {
+        let b = self.backend;
+        times.time(Phase::Load, || loaded.install_all(b))?;
+        let mut statistics: Vec<Statistic<B>> = CapturePoint::ALL
+            .into_iter()
+            .map(|point| self.statistic(plan.needs_at(point), point, hidden))
+            .collect::<Result<_>>()?;
+        for batch in 0..hidden.batches() {
+            let lens = hidden.lens(batch).clone();
+            let kept = hidden.take(batch)?;
+            let residual = b.from_host(kept.residual.clone())?;
+            hidden.put(batch, kept)?;
+            let start = Instant::now();
+            let mut observing = 0.0;
+            loaded.block.forward(b, self.geometry, residual, &lens, |point, x| {
+                let start = Instant::now();
+                let added = statistics[point as usize].add(b, x).map_err(PipelineError::from);
+                observing += start.elapsed().as_secs_f64();
+                added
+            })?;
+            let gram = CapturePoint::ALL.map(|point| self.statistic_flops(plan, point, &lens));
+            times.charge(Phase::Statistics, observing, gram.iter().sum());
+            let flops = self.steps_flops(CapturePoint::AttnIn, CapturePoint::ALL.len(), &lens);
+            times.charge(Phase::Forward, start.elapsed().as_secs_f64() - observing, flops);
+            self.progress.advance(1);
+        }
+        Ok(statistics)
+    }
+
+    /// Brings every batch across `span` and shows it to `observe` where it arrives.
+    fn pass(
+        &self,
+        plan: &BlockPlan,
+        block: &Block<B>,
+        hidden: &mut HiddenStates,
+        times: &mut PhaseTimes,
+        Span { from, to }: Span,
+        mut observe: impl FnMut(&B, &B::Matrix) -> std::result::Result<(), BackendError>,
+    ) -> Result<()> {
+        let b = self.backend;
+        for batch in 0..hidden.batches() {
+            let lens = hidden.lens(batch).clone();
+            let HostActivations { residual, input } = hidden.take(batch)?;
+            let start = Instant::now();
+            let residual = b.from_host(residual)?;
+            let first = from.unwrap_or(CapturePoint::AttnIn);
+            let input = match input {
+                Some(input) => Some(b.from_host(input)?),
+                None => block.input_from_residual(b, first, &residual)?,
+            };
+            let mut at = Activations { residual, input };
+            let end = to.map_or(CapturePoint::ALL.len(), |point| point as usize);
+            for point in &CapturePoint::ALL[first as usize..end] {
+                at = block.step(b, self.geometry, *point, at, &lens)?;
+            }
+            let forward_secs = start.elapsed().as_secs_f64();
+
+            let start = Instant::now();
+            if let Some(input) = &at.input {
+                observe(b, input)?;
+            }
+            let flops = to.map_or(0.0, |point| self.statistic_flops(plan, point, &lens));
+            times.charge(Phase::Statistics, start.elapsed().as_secs_f64(), flops);
+            times.charge(Phase::Forward, forward_secs, self.steps_flops(first, end, &lens));
+
+            // Inputs that follow a norm are recomputed from the residual stream when needed.
+            let keep = matches!(to, Some(CapturePoint::AttnOut | CapturePoint::MlpHidden));
+            let input = at.input.filter(|_| keep).map(|input| b.into_host(input)).transpose()?;
+            hidden.put(batch, HostActivations { residual: b.into_host(at.residual)?, input })?;
+            self.progress.advance(1);
+        }
+        Ok(())
+    }
+
+    fn statistic(
+        &self,
+        kind: StatKind,
+        point: CapturePoint,
+        hidden: &HiddenStates,
+    ) -> Result<Statistic<B>> {
+        let features = self.config.capture_width(point);
+        Ok(Statistic::new(self.backend, kind, features, hidden.sequences())?)
+    }
+
+    /// Solves the planned layers that share the input at `point`, method by method: those that
+    /// only read the statistic first, SparseGPT last, since it changes the diagonal of dead
+    /// features.
+    fn solve_point(
+        &self,
+        plan: &BlockPlan,
+        loaded: &mut LoadedBlock<B>,
+        point: CapturePoint,
+        statistic: &mut Statistic<B>,
+        times: &mut PhaseTimes,
+    ) -> Result<Vec<LayerReport>> {
+        let b = self.backend;
+        let mut reports = Vec::new();
+        for method in [Method::Magnitude, Method::Wanda, Method::SparseGpt] {
+            let planned: Vec<&LayerPlan> =
+                plan.layers_at(point).filter(|layer| layer.method == method).collect();
+            if planned.is_empty() {
+                continue;
+            }
+            let layers = planned
+                .iter()
+                .map(|layer| {
+                    let linear = find(&loaded.linears, layer);
+                    Ok(Layer {
+                        name: layer.module.clone(),
+                        weight: b.upload(&linear.weight, linear.rows, linear.cols)?,
+                        sparsity: layer.sparsity,
+                    })
+                })
+                .collect::<Result<Vec<_>>>()?;
+            let mut spent = SolveTimes::default();
+            let solved = solver::<B>(method, self.options).solve(b, layers, statistic, &mut spent)?;
+            for (layer, solved) in planned.iter().zip(solved) {
+                let linear = loaded.linears.iter_mut().find(|linear| linear.role == layer.role);
+                if let Some(linear) = linear {
+                    linear.weight = b.download(&solved.weight)?;
+                }
+                reports.push(solved.report);
+            }
+            let features = self.config.capture_width(point) as f64;
+            let hessian = method.needs() == StatKind::Hessian;
+            let sweep: f64 =
+                planned.iter().map(|layer| sweep_flops(layer.rows as f64, layer.cols as f64)).sum();
+            times.charge(Phase::Factor, spent.factor_secs, if hessian { factor_flops(features) } else { 0.0 });
+            times.charge(Phase::Sweep, spent.sweep_secs, if hessian { sweep } else { 0.0 });
+            // Two quadratic forms of a triangle each.
+            times.charge(Phase::Error, spent.error_secs, if hessian { 2.0 * sweep } else { 0.0 });
+        }
+        Ok(reports)
+    }
+
+    /// Operations of adding a batch to the statistic of `point`.
+    fn statistic_flops(&self, plan: &BlockPlan, point: CapturePoint, lens: &SequenceLens) -> f64 {
+        let (tokens, features) = (lens.tokens() as f64, self.config.capture_width(point) as f64);
+        match plan.needs_at(point) {
+            StatKind::None => 0.0,
+            StatKind::ColumnNorm => 2.0 * tokens * features,
+            StatKind::Hessian => gram_flops(tokens, features),
+        }
+    }
+
+    /// Operations of the steps from point `first` up to, not including, step `end`.
+    fn steps_flops(&self, first: CapturePoint, end: usize, lens: &SequenceLens) -> f64 {
+        let tokens = lens.tokens() as f64;
+        CapturePoint::ALL[first as usize..end]
+            .iter()
+            .map(|&point| {
+                let weights = stage_weights(self.arch, self.config, point);
+                let attention = match point {
+                    CapturePoint::AttnIn => lens
+                        .ranges()
+                        .map(|range| block_forward_flops(self.config, 0, range.len() as f64, range.len() as f64))
+                        .sum(),
+                    _ => 0.0,
+                };
+                2.0 * tokens * weights as f64 + attention
+            })
+            .sum()
+    }
+}
+
+fn find<'a>(
+    linears: &'a [super::loader::LoadedLinear],
+    layer: &LayerPlan,
+) -> &'a super::loader::LoadedLinear {
+    // The plan was made from the same architecture table as the block.
+    linears.iter().find(|linear| linear.role == layer.role).unwrap_or(&linears[0])
+}
+
+fn check_finite<B: Backend>(block: usize, statistic: &Statistic<B>) -> Result<()> {
+    let (bad, all) =
+        (statistic.non_finite_tokens, statistic.tokens + statistic.non_finite_tokens);
+    if bad * MAX_NON_FINITE > all {
+        return Err(PipelineError::NonFiniteActivations { block, bad, all });
+    }
+    Ok(())
+}

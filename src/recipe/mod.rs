@@ -1,0 +1,290 @@
+//! What a user asks for: a recipe in TOML (or the manifest of a finished run), and its flags.
+//!
+//! Unknown keys are errors, and so is a selector that matches nothing.
+
+mod selector;
+
+use std::path::{Path, PathBuf};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+pub use selector::{ParseSelectorError, Selector, parse_range};
+
+use crate::compress::{Method, Sparsity};
+
+/// A whole recipe. Every part may be left out.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Recipe {
+    /// How linears are pruned unless a rule says otherwise.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prune: Option<PruneRecipe>,
+    /// Exceptions, first match wins.
+    #[serde(rename = "rule", skip_serializing_if = "Vec::is_empty")]
+    pub rules: Vec<Rule>,
+    /// What solvers learn from.
+    pub calibration: CalibrationRecipe,
+    /// What is written.
+    pub output: OutputRecipe,
+}
+
+/// Method, target and order of pruning.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PruneRecipe {
+    /// `sparsegpt`, `wanda` or `magnitude`.
+    pub method: Method,
+    /// `2:4`, `4:8`, ... or a percentage like `50%`.
+    pub sparsity: Sparsity,
+    /// Which layers; all linears of the decoder blocks by default.
+    #[serde(default = "Selector::all_linears")]
+    pub targets: Vec<Selector>,
+    /// Which of them stay dense.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ignore: Vec<Selector>,
+    /// Order of capture and solving inside a block.
+    #[serde(default)]
+    pub sequential: Sequential,
+    /// Damping as a fraction of the Hessian's mean diagonal.
+    #[serde(default = "default_damp")]
+    pub damp: f64,
+    /// Columns between lazy updates of SparseGPT.
+    #[serde(default = "default_column_block")]
+    pub column_block: usize,
+}
+
+impl PruneRecipe {
+    /// Every linear of the decoder blocks, everything else by default.
+    pub fn new(method: Method, sparsity: Sparsity) -> Self {
+        Self {
+            method,
+            sparsity,
+            targets: Selector::all_linears(),
+            ignore: Vec::new(),
+            sequential: Sequential::default(),
+            damp: default_damp(),
+            column_block: default_column_block(),
+        }
+    }
+}
+
+fn default_damp() -> f64 {
+    crate::compress::SolverOptions::default().damp
+}
+
+fn default_column_block() -> usize {
+    crate::compress::SolverOptions::default().column_block
+}
+
+/// Order of capture and solving inside a block.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, clap::ValueEnum,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Sequential {
+    /// Stage by stage: linears that share an input are solved before the next input is captured.
+    #[default]
+    True,
+    /// The whole block is captured dense, then all its linears are solved (the reference's order).
+    Block,
+}
+
+/// An exception for some layers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Rule {
+    /// Which layers; every selector must match one.
+    pub targets: Vec<Selector>,
+    /// Another method.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub method: Option<Method>,
+    /// Another sparsity.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sparsity: Option<Sparsity>,
+    /// Leave the layers as they are.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub dense: bool,
+}
+
+/// What solvers learn from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct CalibrationRecipe {
+    /// A `.txt` file, or `.jsonl` with a `text` key per line.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
+    /// Number of windows.
+    pub samples: usize,
+    /// Tokens of a window.
+    pub seq_len: usize,
+    /// Random windows with this seed; in order from the start when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seed: Option<u64>,
+}
+
+impl Default for CalibrationRecipe {
+    fn default() -> Self {
+        Self { file: None, samples: 128, seq_len: 2048, seed: None }
+    }
+}
+
+/// What is written.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct OutputRecipe {
+    /// Container and encoding of pruned layers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub format: Option<OutputFormat>,
+    /// Element type of weights; the source's own where it has one, else bf16.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dtype: Option<WeightDType>,
+}
+
+/// Container and encoding of pruned layers.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema, clap::ValueEnum,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum OutputFormat {
+    /// Plain Hugging Face directory, zeros stored; loads everywhere.
+    Safetensors,
+    /// Safetensors shards with 2:4 layers as kept values and 2-bit positions.
+    Packed,
+}
+
+/// Element type of written weights.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema, clap::ValueEnum,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum WeightDType {
+    /// bfloat16.
+    Bf16,
+    /// IEEE binary16.
+    F16,
+    /// IEEE binary32.
+    F32,
+}
+
+impl From<WeightDType> for sparsepack_formats::DType {
+    fn from(dtype: WeightDType) -> Self {
+        match dtype {
+            WeightDType::Bf16 => Self::Bf16,
+            WeightDType::F16 => Self::F16,
+            WeightDType::F32 => Self::F32,
+        }
+    }
+}
+
+/// Why a recipe cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RecipeError {
+    /// The file cannot be read.
+    #[error("{path}: cannot read the recipe")]
+    Read {
+        /// The recipe.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// The TOML does not parse or has unknown keys.
+    #[error("{path}: not a recipe")]
+    Toml {
+        /// The recipe.
+        path: PathBuf,
+        /// Where and why.
+        source: Box<toml::de::Error>,
+    },
+    /// The JSON does not parse or has unknown keys.
+    #[error("{path}: not a manifest with a recipe")]
+    Json {
+        /// The manifest.
+        path: PathBuf,
+        /// Where and why.
+        source: serde_json::Error,
+    },
+    /// A selector that matches no layer.
+    #[error("selector `{selector}` in {place} matches no layer; layers are named like `{example}`")]
+    NoMatch {
+        /// The selector.
+        selector: String,
+        /// Where it stands.
+        place: &'static str,
+        /// A name that exists.
+        example: String,
+    },
+    /// Options that contradict each other or have nothing to apply to.
+    #[error("{what}")]
+    Contradiction {
+        /// What is wrong and what to do.
+        what: String,
+    },
+}
+
+impl Recipe {
+    /// Reads a recipe: TOML, or the `manifest.json` of a finished run.
+    ///
+    /// # Errors
+    /// [`RecipeError`] naming the file and the place.
+    pub fn read(path: &Path) -> Result<Self, RecipeError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| RecipeError::Read { path: path.to_owned(), source })?;
+        if text.trim_start().starts_with('{') {
+            #[derive(Deserialize)]
+            struct Manifest {
+                recipe: Recipe,
+            }
+            let manifest: Manifest = serde_json::from_str(&text)
+                .map_err(|source| RecipeError::Json { path: path.to_owned(), source })?;
+            return Ok(manifest.recipe);
+        }
+        toml::from_str(&text)
+            .map_err(|source| RecipeError::Toml { path: path.to_owned(), source: Box::new(source) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Recipe, toml::de::Error> {
+        toml::from_str(text)
+    }
+
+    #[test]
+    fn a_recipe_survives_json_and_back() {
+        let recipe = parse(
+            r#"
+            [prune]
+            method = "sparsegpt"
+            sparsity = "2:4"
+            ignore = ["re:.*down_proj$", "blocks:0..2"]
+            [[rule]]
+            targets = ["down_proj"]
+            sparsity = "50%"
+            [calibration]
+            file = "text.txt"
+            samples = 32
+            [output]
+            format = "packed"
+            dtype = "bf16"
+            "#,
+        )
+        .unwrap();
+        let prune = recipe.prune.as_ref().unwrap();
+        assert_eq!(prune.damp, 0.01);
+        assert_eq!(prune.targets, Selector::all_linears());
+        let json = serde_json::to_string(&recipe).unwrap();
+        assert_eq!(serde_json::from_str::<Recipe>(&json).unwrap(), recipe);
+    }
+
+    #[test]
+    fn unknown_keys_and_values_are_named() {
+        let error = |text| parse(text).unwrap_err().to_string();
+        assert!(error("[prune]\nmethod = 'x'\nsparsity = '2:4'").contains("unknown variant `x`"));
+        assert!(error("[calibration]\nsample = 3").contains("unknown field `sample`"));
+        assert!(error("[prune]\nmethod = 'wanda'\nsparsity = '5:4'").contains("less than the group"));
+    }
+}

@@ -1,0 +1,162 @@
+//! Selectors: which layers a recipe line is about.
+
+use std::{fmt, ops::Range, str::FromStr};
+
+use regex::Regex;
+
+/// Matches layers by role, block, name or regular expression.
+#[derive(Debug, Clone)]
+pub enum Selector {
+    /// `Linear`: every linear of the decoder blocks.
+    AllLinears,
+    /// `re:…`: a regular expression over the whole module name.
+    Pattern(Regex),
+    /// `blocks:0..8`: the linears of these decoder blocks.
+    Blocks(Range<usize>),
+    /// A role (`down_proj`) or a whole module name (`model.layers.0.mlp.down_proj`).
+    Name(String),
+}
+
+impl Selector {
+    /// The default target of a recipe.
+    pub fn all_linears() -> Vec<Self> {
+        vec![Self::AllLinears]
+    }
+
+    /// Whether the linear called `module`, with this role, of this decoder block is meant.
+    pub fn matches(&self, module: &str, role: &str, block: usize) -> bool {
+        match self {
+            Self::AllLinears => true,
+            Self::Pattern(regex) => regex.is_match(module),
+            Self::Blocks(range) => range.contains(&block),
+            Self::Name(name) => name == role || name == module,
+        }
+    }
+}
+
+/// A selector that does not parse.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{text}` is not a selector: {reason}")]
+pub struct ParseSelectorError {
+    text: String,
+    reason: String,
+}
+
+impl FromStr for Selector {
+    type Err = ParseSelectorError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let fail = |reason: String| ParseSelectorError { text: text.to_owned(), reason };
+        if text == "Linear" {
+            return Ok(Self::AllLinears);
+        }
+        if let Some(pattern) = text.strip_prefix("re:") {
+            // Anchored like compressed-tensors' targets, so that `re:.*q_proj` means a whole name.
+            let regex = Regex::new(&format!("^(?:{pattern})$")).map_err(|e| fail(e.to_string()))?;
+            return Ok(Self::Pattern(regex));
+        }
+        if let Some(range) = text.strip_prefix("blocks:") {
+            return parse_range(range).map(Self::Blocks).map_err(fail);
+        }
+        if text.is_empty() {
+            return Err(fail("it is empty".to_owned()));
+        }
+        Ok(Self::Name(text.to_owned()))
+    }
+}
+
+/// Parses `3` or `0..8` (end excluded).
+///
+/// # Errors
+/// What is wrong, in words.
+pub fn parse_range(text: &str) -> Result<Range<usize>, String> {
+    let number = |part: &str| part.trim().parse::<usize>();
+    let range = match text.split_once("..") {
+        None => number(text).map(|block| block..block + 1),
+        Some((start, end)) => number(start).and_then(|start| Ok(start..number(end)?)),
+    };
+    match range {
+        Ok(range) if range.start < range.end => Ok(range),
+        Ok(_) => Err("the range is empty (the end is excluded)".to_owned()),
+        Err(_) => Err("write a block number like 3 or a range like 0..8".to_owned()),
+    }
+}
+
+impl fmt::Display for Selector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::AllLinears => f.write_str("Linear"),
+            Self::Pattern(regex) => {
+                let text = regex.as_str();
+                let inner = text.strip_prefix("^(?:").and_then(|text| text.strip_suffix(")$"));
+                write!(f, "re:{}", inner.unwrap_or(text))
+            }
+            Self::Blocks(range) => write!(f, "blocks:{}..{}", range.start, range.end),
+            Self::Name(name) => f.write_str(name),
+        }
+    }
+}
+
+impl PartialEq for Selector {
+    fn eq(&self, other: &Self) -> bool {
+        self.to_string() == other.to_string()
+    }
+}
+
+impl serde::Serialize for Selector {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for Selector {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+impl schemars::JsonSchema for Selector {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Selector".into()
+    }
+
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({
+            "type": "string",
+            "description": "Linear, a role (down_proj), a module name, re:PATTERN, or blocks:0..8"
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_kind_matches_what_it_says() {
+        let module = "model.layers.3.mlp.down_proj";
+        for (text, expected) in [
+            ("Linear", true),
+            ("down_proj", true),
+            ("up_proj", false),
+            (module, true),
+            ("re:.*layers\\.[0-4]\\..*", true),
+            ("re:down_proj", false),
+            ("blocks:0..3", false),
+            ("blocks:3", true),
+        ] {
+            let selector: Selector = text.parse().unwrap();
+            assert_eq!(selector.matches(module, "down_proj", 3), expected, "{text}");
+            let again: Selector = selector.to_string().parse().unwrap();
+            assert_eq!(again, selector);
+        }
+    }
+
+    #[test]
+    fn bad_selectors_say_why() {
+        for text in ["re:(", "blocks:5..5", "blocks:x", ""] {
+            let error = text.parse::<Selector>().unwrap_err().to_string();
+            assert!(error.contains("is not a selector"), "{error}");
+        }
+    }
+}
