@@ -5,11 +5,14 @@
 
 use std::ops::Range;
 
+use half::bf16;
 use rayon::prelude::*;
 
+use super::bf16::pack::{self, Source};
+use super::bf16::{BLOCK, Isa, Line, Session, Sums, TILE_LINES};
 use super::linalg::{self, Into, View, ViewMut};
 use super::matrix::strip_len;
-use super::simd;
+use super::simd::{self, vectorised};
 use super::{CpuMatrix, Products};
 use crate::backend::{AttentionShape, HostData, Result, SequenceLens};
 
@@ -21,6 +24,8 @@ const QUERY_BLOCK: usize = 64;
 struct QueryBlock {
     /// Row of the sequence's first token.
     sequence: usize,
+    /// Which sequence.
+    index: usize,
     /// Positions in the sequence.
     positions: Range<usize>,
 }
@@ -28,10 +33,12 @@ struct QueryBlock {
 impl QueryBlock {
     fn all(lens: &SequenceLens) -> Vec<Self> {
         lens.ranges()
-            .flat_map(|rows| {
+            .enumerate()
+            .flat_map(|(index, rows)| {
                 let (sequence, len) = (rows.start, rows.len());
                 (0..len).step_by(QUERY_BLOCK).map(move |first| Self {
                     sequence,
+                    index,
                     positions: first..len.min(first + QUERY_BLOCK),
                 })
             })
@@ -57,6 +64,16 @@ pub(super) fn causal_attention(
                 attend_f32(&values, shape, block, out);
             });
             HostData::F32(out)
+        }
+        Products::Bf16(isa) => {
+            let values = qkv.narrowed();
+            let values = Source::dense(&values, qkv.rows, qkv.cols);
+            let packed = PackedHeads::pack(values, shape, lens);
+            let mut out = vec![bf16::ZERO; qkv.rows * cols];
+            tasks(&blocks, &mut out, cols).into_par_iter().for_each(|(block, out)| {
+                attend_bf16(isa, values, &packed, shape, block, out);
+            });
+            HostData::Bf16(out)
         }
     };
     Ok(CpuMatrix { rows: qkv.rows, cols, data })
@@ -110,5 +127,160 @@ fn attend_f32(qkv: &[f32], shape: &AttentionShape, block: &QueryBlock, out: &mut
             stride: shape.num_heads * head_dim,
         };
         linalg::matmul_nn(c, Into::Replace, p, v, 1.0);
+    }
+}
+
+/// Keys and values of every sequence and key head, packed once for all queries.
+struct PackedHeads {
+    heads: Vec<PackedHead>,
+    num_kv_heads: usize,
+}
+
+struct PackedHead {
+    /// Panels of 32 keys.
+    keys: Vec<Line>,
+    /// Panels of 32 value columns over all keys.
+    values: Vec<Line>,
+}
+
+impl PackedHeads {
+    fn pack(qkv: Source, shape: &AttentionShape, lens: &SequenceLens) -> Self {
+        let num_kv_heads = shape.num_kv_heads;
+        let rows: Vec<_> = lens.ranges().collect();
+        let heads = (0..rows.len() * num_kv_heads)
+            .into_par_iter()
+            .map(|i| {
+                let (rows, head) = (rows[i / num_kv_heads].clone(), i % num_kv_heads);
+                let part = |head: usize| {
+                    qkv.part(rows.clone(), head * shape.head_dim..(head + 1) * shape.head_dim)
+                };
+                let key_head = shape.num_heads + head;
+                PackedHead::pack(part(key_head), part(key_head + num_kv_heads))
+            })
+            .collect();
+        Self { heads, num_kv_heads }
+    }
+
+    fn get(&self, sequence: usize, head: usize) -> &PackedHead {
+        &self.heads[sequence * self.num_kv_heads + head]
+    }
+}
+
+impl PackedHead {
+    /// Packs `[keys, head_dim]` keys and values.
+    fn pack(k: Source, v: Source) -> Self {
+        let lines = pack::lines(k.cols);
+        let mut keys = vec![Line::ZERO; k.rows.div_ceil(BLOCK) * lines];
+        for (panel, lines) in keys.chunks_exact_mut(lines.max(1)).enumerate() {
+            pack::columns_from_rows(k.part(panel * BLOCK..(panel + 1) * BLOCK, 0..k.cols), lines);
+        }
+        let lines = pack::lines(v.rows);
+        let mut values = vec![Line::ZERO; v.cols.div_ceil(BLOCK) * lines];
+        for (panel, lines) in values.chunks_exact_mut(lines.max(1)).enumerate() {
+            pack::columns(v.part(0..v.rows, panel * BLOCK..(panel + 1) * BLOCK), lines);
+        }
+        Self { keys, values }
+    }
+}
+
+fn attend_bf16(
+    isa: Isa,
+    qkv: Source,
+    packed: &PackedHeads,
+    shape: &AttentionShape,
+    block: &QueryBlock,
+    out: &mut [bf16],
+) {
+    let head_dim = shape.head_dim;
+    let (cols, group) = (shape.num_heads * head_dim, shape.num_heads / shape.num_kv_heads.max(1));
+    let mut strip = QueryStrip::new(isa, shape, block.positions.end);
+    let positions = block.positions.clone().step_by(BLOCK);
+    for (first, out) in positions.zip(out.chunks_mut(BLOCK * cols)) {
+        let positions = first..block.positions.end.min(first + BLOCK);
+        let rows = block.sequence + positions.start..block.sequence + positions.end;
+        for head in 0..shape.num_heads {
+            let columns = head * head_dim..(head + 1) * head_dim;
+            let q = qkv.part(rows.clone(), columns.clone());
+            let kv = packed.get(block.index, head / group);
+            strip.attend(q, kv, positions.clone(), &mut out[columns.start..], cols);
+        }
+    }
+}
+
+/// Buffers for 32 queries of one head.
+struct QueryStrip {
+    session: Session,
+    scale: f32,
+    head_dim: usize,
+    queries: Vec<Line>,
+    /// Scores `[32, keys]`, keys padded to a panel.
+    scores: Vec<f32>,
+    /// Unnormalised probabilities, packed.
+    probabilities: Vec<Line>,
+    sums: Sums,
+}
+
+impl QueryStrip {
+    fn new(isa: Isa, shape: &AttentionShape, keys: usize) -> Self {
+        let keys = keys.next_multiple_of(BLOCK);
+        Self {
+            session: Session::start(isa),
+            scale: shape.scale,
+            head_dim: shape.head_dim,
+            queries: vec![Line::ZERO; pack::lines(shape.head_dim)],
+            scores: vec![0.0; BLOCK * keys],
+            probabilities: vec![Line::ZERO; pack::lines(keys)],
+            sums: Sums::ZERO,
+        }
+    }
+
+    /// Attends with the queries at `positions` and writes rows of `out`, `stride` values apart.
+    fn attend(
+        &mut self,
+        q: Source,
+        kv: &PackedHead,
+        positions: Range<usize>,
+        out: &mut [bf16],
+        stride: usize,
+    ) {
+        let Self { session, queries, scores, probabilities, sums, .. } = self;
+        pack::rows(q, queries);
+        let panels = positions.end.div_ceil(BLOCK);
+        let keys = panels * BLOCK;
+        for (panel, k) in kv.keys.chunks_exact(queries.len()).take(panels).enumerate() {
+            session.block(queries, k, sums);
+            store_scaled(sums, self.scale, &mut scores[panel * BLOCK..], keys);
+        }
+        let probabilities = &mut probabilities[..panels * TILE_LINES];
+        let mut factors = [0.0; BLOCK];
+        for (row, position) in positions.clone().enumerate() {
+            let scores = &mut scores[row * keys..][..keys];
+            scores[position + 1..].fill(f32::NEG_INFINITY);
+            let max = simd::max(scores);
+            factors[row] = 1.0 / pack::exp_row(scores, max, row, probabilities);
+        }
+        let values = kv.values.len() / self.head_dim.div_ceil(BLOCK);
+        for (panel, v) in kv.values.chunks_exact(values).enumerate() {
+            session.block(probabilities, &v[..panels * TILE_LINES], sums);
+            let first = panel * BLOCK;
+            let cols = BLOCK.min(self.head_dim - first);
+            let rows = sums.0.chunks_exact_mut(BLOCK).zip(factors).zip(out.chunks_mut(stride));
+            for ((sums, factor), out) in rows.take(positions.len()) {
+                simd::scale(sums, factor);
+                simd::narrow(&sums[..cols], &mut out[first..first + cols]);
+            }
+        }
+    }
+}
+
+vectorised! {
+    /// Writes `factor · sums` to rows `stride` values apart.
+    fn store_scaled<'a>(sums: &'a Sums, factor: f32, out: &'a mut [f32], stride: usize) {
+        let (rows, _) = sums.0.as_chunks::<BLOCK>();
+        for (sums, out) in rows.iter().zip(out.chunks_mut(stride)) {
+            for (out, sum) in out[..BLOCK].iter_mut().zip(sums) {
+                *out = factor * sum;
+            }
+        }
     }
 }

@@ -3,8 +3,11 @@
 //! Only the lower triangle of `XᵀX` is computed. Threads take strips of rows of the result, never
 //! ranges of tokens, so each element's sum runs over the tokens in one fixed order.
 
+use half::bf16;
 use rayon::prelude::*;
 
+use super::bf16::pack::{self, Source};
+use super::bf16::{BLOCK, Isa, Line, Session, Sums, add_block};
 use super::linalg::{self, View, ViewMut};
 use super::matrix::{STRIP, strip_len};
 use super::simd::vectorised;
@@ -13,6 +16,10 @@ use crate::backend::Result;
 
 /// Features of a strip of an f32 Gram matrix.
 const F32_STRIP: usize = 128;
+/// Features of a strip of a bf16 Gram matrix.
+const BF16_STRIP: usize = 2 * BLOCK;
+/// Tokens packed at a time: 32 KiB of a panel stay in the first-level cache.
+const TOKENS: usize = 512;
 
 /// Lower triangle of `h += scale · xᵀx`.
 pub(super) fn gram_accumulate(
@@ -27,6 +34,7 @@ pub(super) fn gram_accumulate(
     let h = h.f32s_mut(OPERATION)?;
     match products {
         Products::F32 => gram_f32(h, x, scale),
+        Products::Bf16(isa) => gram_bf16(isa, h, &x.narrowed(), d, scale),
     }
     Ok(())
 }
@@ -47,6 +55,59 @@ fn gram_f32(h: &mut [f32], x: &CpuMatrix, scale: f32) {
         let diagonal = ViewMut { data: &mut h[first..], rows, cols: rows, stride: d };
         linalg::add_gram_lower(diagonal, a, scale);
     });
+}
+
+fn gram_bf16(isa: Isa, h: &mut [f32], x: &[bf16], d: usize, scale: f32) {
+    if d == 0 {
+        return;
+    }
+    let x = Source::dense(x, x.len() / d, d);
+    let (mut columns, mut rows) = (Vec::new(), Vec::new());
+    for first in (0..x.rows).step_by(TOKENS) {
+        let tokens = first..x.rows.min(first + TOKENS);
+        let lines = pack::lines(tokens.len());
+        // Each panel of Xᵀ as right operand; transposed tile by tile it is the left one.
+        columns.resize(d.div_ceil(BLOCK) * lines, Line::ZERO);
+        rows.resize(columns.len(), Line::ZERO);
+        columns.par_chunks_mut(lines).zip(rows.par_chunks_mut(lines)).enumerate().for_each(
+            |(panel, (columns, rows))| {
+                let features = panel * BLOCK..(panel + 1) * BLOCK;
+                pack::columns(x.part(tokens.clone(), features), columns);
+                rows.copy_from_slice(columns);
+                pack::transpose(rows);
+            },
+        );
+        h.par_chunks_mut(BF16_STRIP * d).enumerate().for_each(|(group, h)| {
+            let first = group * BF16_STRIP / BLOCK;
+            add_gram_strips(isa, &rows, &columns, lines, h, d, first, scale);
+        });
+    }
+}
+
+/// Adds to a few strips of rows of `h`, the first of which is strip `first`.
+#[allow(clippy::too_many_arguments, reason = "two operands and a result with their geometry")]
+fn add_gram_strips(
+    isa: Isa,
+    rows: &[Line],
+    columns: &[Line],
+    lines: usize,
+    h: &mut [f32],
+    d: usize,
+    first: usize,
+    scale: f32,
+) {
+    let session = Session::start(isa);
+    let mut sums = Sums::ZERO;
+    let strips = h.len().div_ceil(BLOCK * d);
+    for (panel, b) in columns.chunks_exact(lines).take(first + strips).enumerate() {
+        let col = panel * BLOCK;
+        let strips = rows.chunks_exact(lines).skip(first).zip(h.chunks_mut(BLOCK * d));
+        // Blocks above the diagonal stay as they are.
+        for (a, h) in strips.skip(panel.saturating_sub(first)) {
+            session.block(a, b, &mut sums);
+            add_block(&sums, scale, &mut h[col..], d, BLOCK.min(d - col));
+        }
+    }
 }
 
 /// `sums[j] += Σ_t x[t, j]²`.

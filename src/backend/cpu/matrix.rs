@@ -37,6 +37,20 @@ impl CpuMatrix {
         }
     }
 
+    /// The values as bf16, rounded where they are f32.
+    pub(super) fn narrowed(&self) -> Cow<'_, [bf16]> {
+        match &self.data {
+            HostData::Bf16(values) => Cow::Borrowed(values),
+            HostData::F32(values) => {
+                let mut narrow = vec![bf16::ZERO; values.len()];
+                let len = strip_len(STRIP, self.cols);
+                let strips = narrow.par_chunks_mut(len).zip(values.par_chunks(len));
+                strips.for_each(|(to, from)| simd::narrow(from, to));
+                Cow::Owned(narrow)
+            }
+        }
+    }
+
     /// The f32 values of an operand that is never bf16.
     pub(super) fn f32s(&self, operation: &'static str) -> Result<&[f32]> {
         match &self.data {
@@ -118,6 +132,19 @@ pub(super) fn product_operand(
                 }
             });
             HostData::F32(out)
+        }
+        Products::Bf16(_) => {
+            let mut out = vec![bf16::ZERO; rows * cols];
+            out.par_chunks_mut(len).enumerate().for_each_init(
+                || vec![0.0; cols],
+                |wide, (strip, out)| {
+                    for (row, out) in out.chunks_exact_mut(cols).enumerate() {
+                        fill(strip * STRIP + row, wide);
+                        simd::narrow(wide, out);
+                    }
+                },
+            );
+            HostData::Bf16(out)
         }
     };
     CpuMatrix { rows, cols, data }

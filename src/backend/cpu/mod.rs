@@ -8,6 +8,7 @@
 
 mod activation;
 mod attention;
+mod bf16;
 mod gram;
 mod linalg;
 mod linear;
@@ -37,6 +38,8 @@ use super::{
 enum Products {
     /// f32 through faer.
     F32,
+    /// bf16 with f32 sums, on these instructions.
+    Bf16(bf16::Isa),
 }
 
 /// The CPU: a thread pool and the arithmetic of its matrix products.
@@ -50,6 +53,8 @@ impl std::fmt::Display for Products {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::F32 => f.write_str("f32 products"),
+            Self::Bf16(bf16::Isa::Amx) => f.write_str("bf16 products (AMX)"),
+            Self::Bf16(bf16::Isa::Avx512) => f.write_str("bf16 products (AVX512-BF16)"),
         }
     }
 }
@@ -61,15 +66,20 @@ impl Cpu {
     /// [`BackendError::PrecisionUnavailable`] for [`Precision::Bf16`] on a processor without bf16
     /// products; [`BackendError::Threads`] when the threads cannot be started.
     pub fn new(precision: Precision, threads: Option<usize>) -> Result<Self> {
-        let products = match precision {
-            Precision::Auto | Precision::F32 => Products::F32,
-            Precision::Bf16 => {
+        let products = match (precision, bf16::Isa::available().next()) {
+            (Precision::F32, _) | (Precision::Auto, None) => Products::F32,
+            (Precision::Auto | Precision::Bf16, Some(isa)) => Products::Bf16(isa),
+            (Precision::Bf16, None) => {
                 return Err(BackendError::PrecisionUnavailable {
                     device: "the CPU".to_owned(),
                     wanted: "bf16",
                 });
             }
         };
+        Self::with_products(products, threads)
+    }
+
+    fn with_products(products: Products, threads: Option<usize>) -> Result<Self> {
         let threads = threads.unwrap_or(0);
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)

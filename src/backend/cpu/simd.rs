@@ -41,15 +41,22 @@ fn sum_lanes(lanes: &[f32; LANES]) -> f32 {
     lanes.iter().sum()
 }
 
+/// Rounds to bf16, to nearest even; NaN stays NaN.
+#[allow(clippy::inline_always, reason = "part of vectorised bodies")]
+#[inline(always)]
+pub(super) fn round(value: f32) -> bf16 {
+    let bits = value.to_bits();
+    let rounded = (bits.wrapping_add(0x7FFF + ((bits >> 16) & 1)) >> 16) as u16;
+    let quiet_nan = (bits >> 16) as u16 | 0x40;
+    let nan = bits & 0x7FFF_FFFF > 0x7F80_0000;
+    bf16::from_bits(if nan { quiet_nan } else { rounded })
+}
+
 vectorised! {
     /// Rounds to bf16, to nearest even, as `bf16::from_f32` does.
     pub(super) fn narrow<'a>(from: &'a [f32], to: &'a mut [bf16]) {
         for (to, from) in to.iter_mut().zip(from) {
-            let bits = from.to_bits();
-            let rounded = (bits.wrapping_add(0x7FFF + ((bits >> 16) & 1)) >> 16) as u16;
-            let quiet_nan = (bits >> 16) as u16 | 0x40;
-            let nan = bits & 0x7FFF_FFFF > 0x7F80_0000;
-            *to = bf16::from_bits(if nan { quiet_nan } else { rounded });
+            *to = round(*from);
         }
     }
 }

@@ -1,0 +1,98 @@
+//! Block products with AVX512-BF16, and the tile transpose both layouts need.
+
+use std::arch::x86_64::{
+    __m512, __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_load_si512, _mm512_set1_epi32,
+    _mm512_setzero_ps, _mm512_shuffle_i32x4, _mm512_store_ps, _mm512_store_si512,
+    _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+};
+use std::mem::transmute;
+
+use super::{BLOCK, Line, Sums, TILE_LINES};
+
+/// Rows of `A` at a time: 8 × 2 sums hide the latency of a dot product and fit the registers.
+const ROWS: usize = 8;
+
+/// Whether the processor has the instructions.
+pub(super) fn is_available() -> bool {
+    is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16")
+}
+
+/// `sums = a b`.
+#[target_feature(enable = "avx512f,avx512bf16")]
+pub(super) fn block(a: &[Line], b: &[Line], sums: &mut Sums) {
+    let (a, _) = a.as_chunks::<TILE_LINES>();
+    let (b, _) = b.as_chunks::<TILE_LINES>();
+    let (out, _) = sums.0.as_chunks_mut::<BLOCK>();
+    for (group, out) in out.as_chunks_mut::<ROWS>().0.iter_mut().enumerate() {
+        let mut c = [[_mm512_setzero_ps(); 2]; ROWS];
+        for (a, b) in a.iter().zip(b) {
+            let a = &a.as_chunks::<ROWS>().0[group];
+            for pair in 0..16 {
+                let columns = [as_bf16(load(&b[pair])), as_bf16(load(&b[16 + pair]))];
+                for (a, c) in a.iter().zip(&mut c) {
+                    let a = as_bf16(_mm512_set1_epi32(a.0[pair] as i32));
+                    c[0] = _mm512_dpbf16_ps(c[0], a, columns[0]);
+                    c[1] = _mm512_dpbf16_ps(c[1], a, columns[1]);
+                }
+            }
+        }
+        for (c, out) in c.iter().zip(out) {
+            let (halves, _) = out.as_chunks_mut::<16>();
+            for (c, out) in c.iter().zip(halves) {
+                store(*c, out);
+            }
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f")]
+fn load(line: &Line) -> __m512i {
+    // SAFETY: a line is 64 bytes, aligned to 64.
+    unsafe { _mm512_load_si512((&raw const *line).cast()) }
+}
+
+#[target_feature(enable = "avx512f")]
+fn store(c: __m512, out: &mut [f32; 16]) {
+    // SAFETY: half a row of sums is 64 bytes, aligned to 64 because sums are.
+    unsafe { _mm512_store_ps(out.as_mut_ptr(), c) };
+}
+
+#[target_feature(enable = "avx512f")]
+fn as_bf16(pairs: __m512i) -> __m512bh {
+    // SAFETY: both are 512 bits without invalid values.
+    unsafe { transmute(pairs) }
+}
+
+/// Transposes a 16 × 16 tile of pairs.
+#[target_feature(enable = "avx512f")]
+pub(super) fn transpose(tile: &mut [Line; 16]) {
+    let mut r: [__m512i; 16] = std::array::from_fn(|i| {
+        // SAFETY: a line is 64 bytes, aligned to 64; AVX-512 is enabled here.
+        unsafe { _mm512_load_si512((&raw const tile[i]).cast()) }
+    });
+    // 2 × 2 transposes of pairs, then of pairs of pairs: 4 × 4 inside each 128-bit lane.
+    for i in (0..16).step_by(4) {
+        let low =
+            [_mm512_unpacklo_epi32(r[i], r[i + 1]), _mm512_unpacklo_epi32(r[i + 2], r[i + 3])];
+        let high =
+            [_mm512_unpackhi_epi32(r[i], r[i + 1]), _mm512_unpackhi_epi32(r[i + 2], r[i + 3])];
+        r[i] = _mm512_unpacklo_epi64(low[0], low[1]);
+        r[i + 1] = _mm512_unpackhi_epi64(low[0], low[1]);
+        r[i + 2] = _mm512_unpacklo_epi64(high[0], high[1]);
+        r[i + 3] = _mm512_unpackhi_epi64(high[0], high[1]);
+    }
+    // Then a 4 × 4 transpose of the lanes.
+    for i in 0..4 {
+        let (a, b, c, d) = (r[i], r[i + 4], r[i + 8], r[i + 12]);
+        let even = [_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0x88>(c, d)];
+        let odd = [_mm512_shuffle_i32x4::<0xDD>(a, b), _mm512_shuffle_i32x4::<0xDD>(c, d)];
+        r[i] = _mm512_shuffle_i32x4::<0x88>(even[0], even[1]);
+        r[i + 4] = _mm512_shuffle_i32x4::<0x88>(odd[0], odd[1]);
+        r[i + 8] = _mm512_shuffle_i32x4::<0xDD>(even[0], even[1]);
+        r[i + 12] = _mm512_shuffle_i32x4::<0xDD>(odd[0], odd[1]);
+    }
+    for (line, r) in tile.iter_mut().zip(r) {
+        // SAFETY: a line is 64 bytes, aligned to 64.
+        unsafe { _mm512_store_si512((&raw mut *line).cast(), r) };
+    }
+}
