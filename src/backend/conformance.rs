@@ -648,17 +648,31 @@ fn fingerprint<B: Backend>(t: &Instance<B>) -> Vec<u32> {
 }
 
 /// A backend on the CPU, or `None` where the processor lacks the arithmetic.
-fn cpu_instance(precision: Precision, threads: usize) -> Option<Instance<cpu::Cpu>> {
-    match cpu::Cpu::new(precision, Some(threads)) {
-        Ok(backend) => Some(Instance { backend, bf16: precision == Precision::Bf16 }),
-        Err(BackendError::PrecisionUnavailable { .. }) => None,
-        Err(error) => panic!("{error}"),
+fn cpu_instance(arithmetic: &str, threads: usize) -> Option<Instance<cpu::Cpu>> {
+    let mut backends = cpu::Cpu::every_arithmetic(Some(threads)).unwrap().into_iter();
+    let backend = backends.find(|backend| backend.describe().contains(arithmetic))?;
+    let bf16 = backend.describe().contains("bf16");
+    Some(Instance { backend, bf16 })
+}
+
+#[test]
+fn precision_chooses_the_arithmetic() {
+    let best = cpu::Cpu::every_arithmetic(Some(1)).unwrap().get(1).map(Storage::describe);
+    let describe = |precision| cpu::Cpu::new(precision, Some(1)).map(|cpu| cpu.describe());
+    assert_eq!(describe(Precision::F32).unwrap(), "CPU, 1 thread, f32 products");
+    if let Some(best) = best {
+        assert_eq!(describe(Precision::Auto).unwrap(), best);
+        assert_eq!(describe(Precision::Bf16).unwrap(), best);
+    } else {
+        assert_eq!(describe(Precision::Auto).unwrap(), describe(Precision::F32).unwrap());
+        let error = describe(Precision::Bf16).unwrap_err();
+        assert!(error.to_string().contains("no bf16 products"), "{error}");
     }
 }
 
 /// Runs each body on an instance inside its pool.
 macro_rules! backend_tests {
-    ($instance:ident, $precision:expr; $($test:ident),* $(,)?) => {
+    ($instance:ident, $arithmetic:expr; $($test:ident),* $(,)?) => {
         mod $instance {
             use super::*;
 
@@ -666,12 +680,12 @@ macro_rules! backend_tests {
                 #[test]
                 #[allow(clippy::print_stdout, reason = "a skipped test says so")]
                 fn $test() {
-                    match cpu_instance($precision, 2) {
+                    match cpu_instance($arithmetic, 2) {
                         Some(instance) => {
                             let scope = |t: &Instance<cpu::Cpu>| super::$test(t);
                             instance.backend.scope(|| scope(&instance));
                         }
-                        None => println!("skipped: no bf16 products"),
+                        None => println!("skipped: no {}", $arithmetic),
                     }
                 }
             )*
@@ -680,7 +694,7 @@ macro_rules! backend_tests {
             #[allow(clippy::print_stdout, reason = "a skipped test says so")]
             fn results_do_not_depend_on_the_number_of_threads() {
                 let run = |threads| {
-                    let instance = cpu_instance($precision, threads)?;
+                    let instance = cpu_instance($arithmetic, threads)?;
                     Some(instance.backend.scope(|| fingerprint(&instance)))
                 };
                 match run(1) {
@@ -688,7 +702,7 @@ macro_rules! backend_tests {
                         assert!(one == run(2).unwrap(), "1 and 2 threads differ");
                         assert!(one == run(5).unwrap(), "1 and 5 threads differ");
                     }
-                    None => println!("skipped: no bf16 products"),
+                    None => println!("skipped: no {}", $arithmetic),
                 }
             }
         }
@@ -696,9 +710,9 @@ macro_rules! backend_tests {
 }
 
 macro_rules! every_operation {
-    ($instance:ident, $precision:expr) => {
+    ($instance:ident, $arithmetic:expr) => {
         backend_tests! {
-            $instance, $precision;
+            $instance, $arithmetic;
             matrices_round_trip, linear_is_x_wt, norms_normalise_rows,
             rope_rotates_half_split_pairs, attention_is_causal_softmax,
             activations_match_their_formulas, residual_adds, token_nll_is_log_sum_exp,
@@ -709,5 +723,6 @@ macro_rules! every_operation {
     };
 }
 
-every_operation!(cpu_f32, Precision::F32);
-every_operation!(cpu_bf16, Precision::Bf16);
+every_operation!(cpu_f32, "f32 products");
+every_operation!(cpu_bf16_amx, "bf16 products (AMX)");
+every_operation!(cpu_bf16_avx512, "bf16 products (AVX512-BF16)");

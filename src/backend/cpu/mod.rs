@@ -79,6 +79,18 @@ impl Cpu {
         Self::with_products(products, threads)
     }
 
+    /// One backend for each arithmetic that this processor offers, f32 first: what tests and
+    /// benchmarks compare.
+    ///
+    /// # Errors
+    /// [`BackendError::Threads`] when the threads cannot be started.
+    pub fn every_arithmetic(threads: Option<usize>) -> Result<Vec<Self>> {
+        std::iter::once(Products::F32)
+            .chain(bf16::Isa::available().map(Products::Bf16))
+            .map(|products| Self::with_products(products, threads))
+            .collect()
+    }
+
     fn with_products(products: Products, threads: Option<usize>) -> Result<Self> {
         let threads = threads.unwrap_or(0);
         let pool = rayon::ThreadPoolBuilder::new()
