@@ -71,24 +71,28 @@ vectorised! {
 vectorised! {
     fn relu<'a>(x: &'a mut [f32]) {
         // Written so that NaN stays NaN.
-        x.iter_mut().for_each(|x| *x = if *x < 0.0 { 0.0 } else { *x });
+        for x in x {
+            *x = if *x < 0.0 { 0.0 } else { *x };
+        }
     }
 }
 
 vectorised! {
     fn silu<'a>(x: &'a mut [f32]) {
-        x.iter_mut().for_each(|x| *x /= 1.0 + simd::exp(-*x));
+        for x in x {
+            *x /= 1.0 + simd::exp(-*x);
+        }
     }
 }
 
 vectorised! {
     /// `x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³)))`, with `(1 + tanh z)/2 = 1/(1 + e^(−2z))`.
     fn gelu_tanh<'a>(x: &'a mut [f32]) {
-        const TWICE_ROOT: f32 = 1.595_769_1;
-        x.iter_mut().for_each(|x| {
+        const TWICE_ROOT: f32 = 2.0 * std::f32::consts::FRAC_2_SQRT_PI * std::f32::consts::FRAC_1_SQRT_2;
+        for x in x {
             let z = TWICE_ROOT * (*x + 0.044_715 * *x * *x * *x);
             *x /= 1.0 + simd::exp(-z);
-        });
+        }
     }
 }
 

@@ -257,7 +257,7 @@ impl QueryStrip {
             let scores = &mut scores[row * keys..][..keys];
             scores[position + 1..].fill(f32::NEG_INFINITY);
             let max = simd::max(scores);
-            factors[row] = 1.0 / pack::exp_row(scores, max, row, probabilities);
+            factors[row] = 1.0 / session.exp_row(scores, max, row, probabilities);
         }
         let values = kv.values.len() / self.head_dim.div_ceil(BLOCK);
         for (panel, v) in kv.values.chunks_exact(values).enumerate() {

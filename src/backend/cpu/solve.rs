@@ -42,7 +42,9 @@ pub(super) fn zero_columns(w: &mut CpuMatrix, columns: &[usize]) -> Result<()> {
     }
     w.f32s_mut(OPERATION)?.par_chunks_mut(strip_len(STRIP, cols)).for_each(|strip| {
         for row in strip.chunks_exact_mut(cols) {
-            columns.iter().for_each(|&column| row[column] = 0.0);
+            for &column in columns {
+                row[column] = 0.0;
+            }
         }
     });
     Ok(())

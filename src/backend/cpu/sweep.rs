@@ -113,12 +113,11 @@ fn sweep_column(block: &Block, work: &mut [f32], j: usize, zero: bool) -> f32 {
 fn choose_in_group(block: &Block, w: &[f32], first: usize, zeros: usize, zero: &mut [bool]) {
     let mut few = [0u32; 16];
     let mut many = Vec::new();
-    let scores = match few.get_mut(..w.len()) {
-        Some(few) => few,
-        None => {
-            many.resize(w.len(), 0);
-            &mut many[..]
-        }
+    let scores = if let Some(few) = few.get_mut(..w.len()) {
+        few
+    } else {
+        many.resize(w.len(), 0);
+        &mut many[..]
     };
     for (i, (score, w)) in scores.iter_mut().zip(w).enumerate() {
         *score = block.score(*w, first + i);

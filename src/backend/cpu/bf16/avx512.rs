@@ -1,20 +1,24 @@
 //! Block products with AVX512-BF16, and the tile transpose both layouts need.
 
 use std::arch::x86_64::{
-    __m512, __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_load_si512, _mm512_set1_epi32,
-    _mm512_setzero_ps, _mm512_shuffle_i32x4, _mm512_store_ps, _mm512_store_si512,
-    _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+    __m512, __m512bh, __m512i, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps, _mm512_load_si512,
+    _mm512_set1_epi32, _mm512_setzero_ps, _mm512_shuffle_i32x4, _mm512_store_ps,
+    _mm512_store_si512, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32,
+    _mm512_unpacklo_epi64,
 };
 use std::mem::transmute;
 
-use super::{BLOCK, Line, Sums, TILE_LINES};
+use super::{BLOCK, Line, Sums, TILE_K, TILE_LINES};
+use crate::backend::cpu::simd;
 
 /// Rows of `A` at a time: 8 × 2 sums hide the latency of a dot product and fit the registers.
 const ROWS: usize = 8;
 
 /// Whether the processor has the instructions.
 pub(super) fn is_available() -> bool {
-    is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16")
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bf16")
+        && is_x86_feature_detected!("fma")
 }
 
 /// `sums = a b`.
@@ -61,6 +65,32 @@ fn store(c: __m512, out: &mut [f32; 16]) {
 fn as_bf16(pairs: __m512i) -> __m512bh {
     // SAFETY: both are 512 bits without invalid values.
     unsafe { transmute(pairs) }
+}
+
+/// `e^(x − shift)` as one row of a strip of `A`, and the sum before rounding.
+#[target_feature(enable = "avx512f,avx512bf16,fma")]
+pub(super) fn exp_row(x: &[f32], shift: f32, row: usize, strip: &mut [Line]) -> f32 {
+    let (tiles, _) = strip.as_chunks_mut::<TILE_LINES>();
+    let (chunks, _) = x.as_chunks::<TILE_K>();
+    let mut lanes = [0.0f32; TILE_K];
+    for (x, tile) in chunks.iter().zip(tiles) {
+        let mut values = [0.0f32; TILE_K];
+        for ((value, lane), x) in values.iter_mut().zip(&mut lanes).zip(x) {
+            *value = simd::exp_with(x - shift, f32::mul_add);
+            *lane += *value;
+        }
+        let (halves, _) = values.as_chunks::<16>();
+        let rounded = _mm512_cvtne2ps_pbh(as_floats(&halves[1]), as_floats(&halves[0]));
+        // SAFETY: both are 512 bits without invalid values.
+        tile[row] = unsafe { transmute::<__m512bh, Line>(rounded) };
+    }
+    lanes.iter().sum()
+}
+
+#[target_feature(enable = "avx512f")]
+fn as_floats(values: &[f32; 16]) -> __m512 {
+    // SAFETY: both are 512 bits without invalid values.
+    unsafe { transmute(*values) }
 }
 
 /// Transposes a 16 × 16 tile of pairs.

@@ -115,6 +115,19 @@ impl Session {
         #[cfg(not(target_arch = "x86_64"))]
         unreachable!("{sums:p}: no session starts without instructions");
     }
+
+    /// Packs `e^(x − shift)` as row `row` of a strip of `A` and returns the sum before rounding;
+    /// `x` has the inner length of the strip. Denormal results become 0.
+    #[allow(clippy::unused_self, reason = "a session proves that the instructions exist")]
+    pub(super) fn exp_row(&self, x: &[f32], shift: f32, row: usize, strip: &mut [Line]) -> f32 {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: every instruction set for bf16 products comes with AVX512-BF16.
+        unsafe {
+            avx512::exp_row(x, shift, row, strip)
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        unreachable!("{x:p} {shift} {row} {strip:p}: no session starts without instructions");
+    }
 }
 
 impl Drop for Session {

@@ -14,7 +14,7 @@
 use half::bf16;
 
 use super::{BLOCK, Line, TILE_K, TILE_LINES, transpose_tiles};
-use crate::backend::cpu::simd::{self, vectorised};
+use crate::backend::cpu::simd::vectorised;
 
 /// Part of a row-major matrix.
 #[derive(Debug, Clone, Copy)]
@@ -114,30 +114,5 @@ vectorised! {
             u32::from(rows[0][i].to_bits()) | u32::from(rows[1][i].to_bits()) << 16
         };
         [Line(std::array::from_fn(pair)), Line(std::array::from_fn(|i| pair(16 + i)))]
-    }
-}
-
-vectorised! {
-    /// Packs `e^(x − shift)` as row `row` of a strip of `A` and returns the sum before rounding;
-    /// `x` has the inner length of the strip.
-    pub(in super::super) fn exp_row<'a>(
-        x: &'a [f32],
-        shift: f32,
-        row: usize,
-        strip: &'a mut [Line],
-    ) -> f32 {
-        let (tiles, _) = strip.as_chunks_mut::<TILE_LINES>();
-        let (chunks, _) = x.as_chunks::<TILE_K>();
-        let mut lanes = [0.0f32; TILE_K];
-        for (x, tile) in chunks.iter().zip(tiles) {
-            let mut values = [0.0f32; TILE_K];
-            for ((value, lane), x) in values.iter_mut().zip(&mut lanes).zip(x) {
-                *value = simd::exp(x - shift);
-                *lane += *value;
-            }
-            let rounded: [bf16; TILE_K] = std::array::from_fn(|i| simd::round(values[i]));
-            tile[row] = bytemuck::cast(rounded);
-        }
-        lanes.iter().sum()
     }
 }
