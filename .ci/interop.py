@@ -1,0 +1,128 @@
+"""Opens sparsepack's outputs with the readers they are for: safetensors and transformers.
+
+interop.py BINARY: converts the fixture model and tiny models, loads the results in stock
+transformers and compares values, logits, token ids and perplexity with what sparsepack says.
+"""
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
+BINARY = sys.argv[1]
+WINDOW, WINDOWS = 256, 8
+
+
+def sparsepack(*args):
+    run = subprocess.run([BINARY, "--quiet", *map(str, args)], capture_output=True, text=True)
+    if run.returncode != 0:
+        sys.exit(f"sparsepack {' '.join(map(str, args))}\n{run.stderr}")
+    return run.stdout
+
+
+def tensors(directory):
+    merged = {}
+    for shard in sorted(Path(directory).glob("*.safetensors")):
+        merged.update(load_file(shard))
+    return merged
+
+
+def perplexity(model, tokenizer, text):
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    total = 0.0
+    with torch.no_grad():
+        for window in range(WINDOWS):
+            x = ids[:, window * WINDOW : (window + 1) * WINDOW]
+            logits = model(x).logits[0, :-1].float()
+            total += torch.nn.functional.cross_entropy(logits, x[0, 1:], reduction="sum").item()
+    return math.exp(total / (WINDOWS * (WINDOW - 1)))
+
+
+def check(condition, what):
+    print(("ok    " if condition else "WRONG ") + what)
+    if not condition:
+        sys.exit(1)
+
+
+def fixture_model(work):
+    """2:4, packed and plain: the same values, and the perplexity that sparsepack eval prints."""
+    text = FIXTURES / "text/heldout.txt"
+    common = ["--prune", "sparsegpt", "--sparsity", "2:4", "--samples", 16, "--seq-len", 256]
+    common += ["--calibration", FIXTURES / "text/calibration.txt"]
+    for name in ("packed", "safetensors"):
+        sparsepack("convert", FIXTURES / "model", "-o", work / name, "--format", name, *common)
+    sparsepack("unpack", work / "packed", "-o", work / "unpacked")
+    plain, unpacked = tensors(work / "safetensors"), tensors(work / "unpacked")
+    same = plain.keys() == unpacked.keys() and all(
+        torch.equal(plain[k].view(torch.int16), unpacked[k].view(torch.int16)) for k in plain
+    )
+    check(same, f"unpacked equals the plain directory bit for bit ({len(plain)} tensors)")
+
+    pruned = [v for k, v in plain.items() if k.endswith("_proj.weight")]
+    zeros = [(v.view(v.shape[0], -1, 4) == 0).sum(-1).min().item() for v in pruned]
+    check(min(zeros) >= 2, f"every group of 4 in {len(pruned)} linears has two zeros")
+
+    model = AutoModelForCausalLM.from_pretrained(work / "safetensors", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(work / "safetensors")
+    theirs = perplexity(model, tokenizer, text.read_text())
+    ours = json.loads(
+        sparsepack("eval", work / "packed", "--text", text, "--window", WINDOW,
+                   "--max-windows", WINDOWS, "--compute", "f32", "--json")
+    )["perplexity"]
+    check(abs(ours / theirs - 1) < 1e-4, f"perplexity {ours:.4f} (transformers {theirs:.4f})")
+    check(
+        model.get_input_embeddings().weight is model.get_output_embeddings().weight,
+        "the tied head is still tied",
+    )
+    generated = model.generate(tokenizer("The", return_tensors="pt").input_ids, max_new_tokens=8,
+                               do_sample=False)
+    check(generated.shape[1] > 1, f"generates: {tokenizer.decode(generated[0])!r}")
+
+
+def gguf_models(work):
+    """GGUF to a Hugging Face directory: transformers computes the recorded logits."""
+    for name in ("llama-gqa", "qwen2"):
+        out = work / name
+        sparsepack("convert", FIXTURES / f"tiny/{name}.gguf", "-o", out, "--dtype", "f32")
+        model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+        golden = load_file(FIXTURES / f"tiny/{name}/golden.safetensors")
+        with torch.no_grad():
+            logits = model(golden["input_ids"].reshape(1, -1)).logits[0]
+        error = ((logits - golden["logits"]).abs().max() / golden["logits"].abs().max()).item()
+        check(error < 1e-5, f"{name}.gguf: logits within {error:.1e} in transformers")
+
+
+def real_model(work):
+    """SmolLM2 from its GGUF: the tokenizer that is written gives llama.cpp's token ids."""
+    source = FIXTURES.parent / "target/models/SmolLM2-135M-Instruct.Q4_1.gguf"
+    sparsepack("convert", source, "-o", work / "smollm2", "--prune", "magnitude",
+               "--sparsity", "2:4")
+    tokenizer = AutoTokenizer.from_pretrained(work / "smollm2")
+    golden = json.loads((FIXTURES / "golden/tokens/tricky.json").read_text())
+    lines = (FIXTURES / "golden/tokens/tricky.txt").read_bytes().decode().split("\n")
+    pairs = list(zip(lines, golden["lines"]))
+    wrong = [line for line, ids in pairs
+             if tokenizer(line, add_special_tokens=False, split_special_tokens=True).input_ids != ids]
+    check(not wrong, f"{len(pairs)} tricky lines have llama.cpp's token ids {wrong[:3]}")
+    model = AutoModelForCausalLM.from_pretrained(work / "smollm2")
+    check(model.dtype == torch.bfloat16, "SmolLM2 loads as bf16 in transformers")
+
+
+def main():
+    with tempfile.TemporaryDirectory() as work:
+        work = Path(work)
+        fixture_model(work)
+        gguf_models(work)
+        real_model(work)
+    print("all outputs load in their readers")
+
+
+if __name__ == "__main__":
+    main()
