@@ -91,15 +91,15 @@ fn matrices_round_trip<B: Backend>(t: &Instance<B>) {
     let matrix = t.upload(&values, 5, 7);
     assert_eq!(t.backend.shape(&matrix), (5, 7));
     assert_eq!(t.download(&t.backend.duplicate(&matrix).unwrap()), values);
-    let host = t.backend.into_host(matrix).unwrap();
+    let host = t.backend.offload(matrix).unwrap();
     assert_eq!(host.data, HostData::F32(values.clone()));
-    assert_eq!(t.download(&t.backend.from_host(host).unwrap()), values);
+    assert_eq!(t.download(&t.backend.onload(host).unwrap()), values);
     assert_eq!(t.download(&t.backend.zeros(3, 2).unwrap()), [0.0; 6]);
     assert!(t.backend.upload(&values, 5, 8).is_err());
     assert!(!t.backend.describe().is_empty());
     let data = HostData::Bf16(values.iter().map(|v| bf16::from_f32(*v)).collect());
     let half = HostMatrix { rows: 5, cols: 7, data };
-    let back = t.backend.into_host(t.backend.from_host(half.clone()).unwrap()).unwrap();
+    let back = t.backend.offload(t.backend.onload(half.clone()).unwrap()).unwrap();
     assert_eq!(back, half);
 }
 

@@ -69,13 +69,13 @@ pub trait Storage: Sized + Send + Sync {
     ///
     /// # Errors
     /// Device failure.
-    fn into_host(&self, matrix: Self::Matrix) -> Result<HostMatrix>;
+    fn offload(&self, matrix: Self::Matrix) -> Result<HostMatrix>;
 
     /// Moves a matrix from host memory to the device with its element type unchanged.
     ///
     /// # Errors
     /// Out of device memory.
-    fn from_host(&self, matrix: HostMatrix) -> Result<Self::Matrix>;
+    fn onload(&self, matrix: HostMatrix) -> Result<Self::Matrix>;
 
     /// Measured throughput of a large matrix product in the backend's arithmetic, FLOP/s: the
     /// ceiling that phase rates are compared with.

@@ -73,7 +73,7 @@ impl BackendJob for PerplexityJob<'_> {
             loaded.install_all(b)?;
             for index in 0..hidden.batches() {
                 let lens = hidden.lens(index).clone();
-                let residual = b.from_host(hidden.take(index)?.residual)?;
+                let residual = b.onload(hidden.take(index)?.residual)?;
                 let residual = loaded.block.forward::<PipelineError>(
                     b,
                     &geometry,
@@ -81,7 +81,7 @@ impl BackendJob for PerplexityJob<'_> {
                     &lens,
                     |_, _| Ok(()),
                 )?;
-                let residual = b.into_host(residual)?;
+                let residual = b.offload(residual)?;
                 hidden.put(index, HostActivations { residual, input: None })?;
                 self.progress.advance(1);
             }

@@ -199,7 +199,7 @@ impl<'a, B: Backend> Run<'a, B> {
                 let rows = hidden.lens(batch).tokens();
                 let residual =
                     HostMatrix { rows, cols: config.hidden_size, data: HostData::F32(values) };
-                let residual = b.into_host(b.from_host(residual)?)?;
+                let residual = b.offload(b.onload(residual)?)?;
                 hidden.put(batch, HostActivations { residual, input: None })?;
             }
             self.times.charge(Phase::Load, start.elapsed().as_secs_f64(), 0.0);

@@ -140,7 +140,7 @@ impl<B: Backend> StageContext<'_, B> {
         for batch in 0..hidden.batches() {
             let lens = hidden.lens(batch).clone();
             let kept = hidden.take(batch)?;
-            let residual = b.from_host(kept.residual.clone())?;
+            let residual = b.onload(kept.residual.clone())?;
             hidden.put(batch, kept)?;
             let start = Instant::now();
             let mut observing = 0.0;
@@ -174,10 +174,10 @@ impl<B: Backend> StageContext<'_, B> {
             let lens = hidden.lens(batch).clone();
             let HostActivations { residual, input } = hidden.take(batch)?;
             let start = Instant::now();
-            let residual = b.from_host(residual)?;
+            let residual = b.onload(residual)?;
             let first = from.unwrap_or(CapturePoint::AttnIn);
             let input = match input {
-                Some(input) => Some(b.from_host(input)?),
+                Some(input) => Some(b.onload(input)?),
                 None => block.input_from_residual(b, first, &residual)?,
             };
             let mut at = Activations { residual, input };
@@ -197,8 +197,8 @@ impl<B: Backend> StageContext<'_, B> {
 
             // Inputs that follow a norm are recomputed from the residual stream when needed.
             let keep = matches!(to, Some(CapturePoint::AttnOut | CapturePoint::MlpHidden));
-            let input = at.input.filter(|_| keep).map(|input| b.into_host(input)).transpose()?;
-            hidden.put(batch, HostActivations { residual: b.into_host(at.residual)?, input })?;
+            let input = at.input.filter(|_| keep).map(|input| b.offload(input)).transpose()?;
+            hidden.put(batch, HostActivations { residual: b.offload(at.residual)?, input })?;
             self.progress.advance(1);
         }
         Ok(())

@@ -184,19 +184,19 @@ impl Storage for Cpu {
         (matrix.rows, matrix.cols)
     }
 
-    fn into_host(&self, matrix: CpuMatrix) -> Result<HostMatrix> {
+    fn offload(&self, matrix: CpuMatrix) -> Result<HostMatrix> {
         let CpuMatrix { rows, cols, data } = matrix;
         Ok(HostMatrix { rows, cols, data })
     }
 
-    fn from_host(&self, matrix: HostMatrix) -> Result<CpuMatrix> {
+    fn onload(&self, matrix: HostMatrix) -> Result<CpuMatrix> {
         let HostMatrix { rows, cols, data } = matrix;
         let len = match &data {
             HostData::F32(values) => values.len(),
             HostData::Bf16(values) => values.len(),
         };
         if len != rows * cols {
-            return Err(shape_error("from_host", format!("{len} values for [{rows}, {cols}]")));
+            return Err(shape_error("onload", format!("{len} values for [{rows}, {cols}]")));
         }
         Ok(CpuMatrix { rows, cols, data })
     }
