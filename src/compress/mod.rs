@@ -71,7 +71,9 @@ pub enum SolveError {
         m: usize,
     },
     /// The Hessian stayed indefinite at every damping tried.
-    #[error("{layer}: the Hessian is not positive definite at pivot {pivot} even with damping {damp} of its mean diagonal; more calibration text or a higher damping may help")]
+    #[error(
+        "{layer}: the Hessian is not positive definite at pivot {pivot} even with damping {damp} of its mean diagonal; more calibration text or a higher damping may help"
+    )]
     NotPositiveDefinite {
         /// The first layer that shares the Hessian.
         layer: String,
@@ -116,10 +118,12 @@ pub struct SolveTimes {
 
 /// Chooses mask and values of the layers that share an input.
 pub trait LayerSolver<B: Backend>: Send + Sync {
-    /// The statistic that [`solve`](Self::solve) wants.
+    /// The least that [`solve`](Self::solve) must know of the input.
     fn needs(&self) -> StatKind;
 
-    /// Solves every layer; results in the same order. `times` is added to.
+    /// Solves every layer; results in the same order. `times` is added to. `statistic` may say
+    /// more than [`needs`](Self::needs), since layers that share an input may be pruned by
+    /// different methods; it is left as it was found.
     ///
     /// # Errors
     /// [`SolveError`] naming the layer.
@@ -200,7 +204,7 @@ fn check_groups(layer: &str, sparsity: Sparsity, cols: usize) -> Result<(), Solv
     }
 }
 
-/// The matrix of a statistic, checked to be of the kind that is needed and not empty.
+/// The matrix of a statistic of the kind `needed`, checked to hold a token.
 fn statistic_matrix<'a, B: Backend>(
     layers: &[Layer<B>],
     statistic: &'a Statistic<B>,
@@ -208,9 +212,9 @@ fn statistic_matrix<'a, B: Backend>(
 ) -> Result<&'a B::Matrix, SolveError> {
     let layer = || layers.first().map(|layer| layer.name.clone()).unwrap_or_default();
     let found = statistic.kind();
-    // A Hessian does not serve where norms are wanted: its diagonal is scaled.
     let matrix = statistic.matrix().filter(|_| found == needed);
-    let matrix = matrix.ok_or_else(|| SolveError::WrongStatistic { layer: layer(), needed, found })?;
+    let matrix =
+        matrix.ok_or_else(|| SolveError::WrongStatistic { layer: layer(), needed, found })?;
     if statistic.tokens == 0 {
         return Err(SolveError::NoFiniteTokens {
             layer: layer(),

@@ -23,7 +23,9 @@
 
 use std::{ops::Range, time::Instant};
 
-use super::{Layer, LayerReport, LayerSolver, SolveError, SolveTimes, Solved, SolverOptions, Sparsity};
+use super::{
+    Layer, LayerReport, LayerSolver, SolveError, SolveTimes, Solved, SolverOptions, Sparsity,
+};
 use crate::{
     backend::{Backend, BackendError, SweepRule},
     calibration::{StatKind, Statistic},
@@ -64,8 +66,13 @@ impl<B: Backend> LayerSolver<B> for SparseGpt {
         let Some(h) = statistic.matrix_mut() else { return Ok(Vec::new()) };
 
         let start = Instant::now();
-        let dead = revive_dead_features(b, h)?;
-        let (u, damp) = factor(b, h, self.options.damp, &first)?;
+        let dead = dead_features(b, h)?;
+        // A one on the diagonal makes a dead feature's zero row invertible; outside the factor the
+        // feature counts for nothing.
+        set_diagonal(b, h, &dead, 1.0)?;
+        let factored = factor(b, h, self.options.damp, &first);
+        set_diagonal(b, h, &dead, 0.0)?;
+        let (u, damp) = factored?;
         times.factor_secs += start.elapsed().as_secs_f64();
 
         layers
@@ -79,11 +86,16 @@ impl<B: Backend> LayerSolver<B> for SparseGpt {
                 b.zero_columns(&mut layer.weight, &dead)?;
                 let blocks = column_blocks(cols, self.options.column_block, layer.sparsity);
                 let mut zeroed = 0;
-                sweep_layer(b, &mut layer.weight, &u, blocks.map(|block| {
-                    let (rule, zeros) = block_rule(layer.sparsity, rows, block.len());
-                    zeroed += zeros;
-                    (block, rule)
-                }))?;
+                sweep_layer(
+                    b,
+                    &mut layer.weight,
+                    &u,
+                    blocks.map(|block| {
+                        let (rule, zeros) = block_rule(layer.sparsity, rows, block.len());
+                        zeroed += zeros;
+                        (block, rule)
+                    }),
+                )?;
                 times.sweep_secs += start.elapsed().as_secs_f64();
 
                 let start = Instant::now();
@@ -106,14 +118,21 @@ impl<B: Backend> LayerSolver<B> for SparseGpt {
     }
 }
 
-/// Features that are zero on every token have a zero row in `h`; a one on the diagonal keeps `h`
-/// invertible, and their weights (which multiply zeros) are pruned first. Returns their indices.
-fn revive_dead_features<B: Backend>(b: &B, h: &mut B::Matrix) -> Result<Vec<usize>, BackendError> {
+/// Features that are zero on every token: they have a zero row in `h`, and their weights, which
+/// multiply zeros, are pruned first.
+fn dead_features<B: Backend>(b: &B, h: &B::Matrix) -> Result<Vec<usize>, BackendError> {
     let diagonal = b.diagonal(h)?;
-    let dead: Vec<usize> = (0..diagonal.len()).filter(|&j| diagonal[j] == 0.0).collect();
-    let ones: Vec<(usize, f32)> = dead.iter().map(|&j| (j, 1.0)).collect();
-    b.set_diagonal(h, &ones)?;
-    Ok(dead)
+    Ok((0..diagonal.len()).filter(|&j| diagonal[j] == 0.0).collect())
+}
+
+fn set_diagonal<B: Backend>(
+    b: &B,
+    h: &mut B::Matrix,
+    features: &[usize],
+    value: f32,
+) -> Result<(), BackendError> {
+    let entries: Vec<(usize, f32)> = features.iter().map(|&j| (j, value)).collect();
+    b.set_diagonal(h, &entries)
 }
 
 /// `u` for `h + damp · mean(diag h) · I`, and the damping that was needed.
@@ -137,7 +156,12 @@ fn factor<B: Backend>(
                 });
             }
             Err(BackendError::NotPositiveDefinite { pivot }) => {
-                tracing::warn!(layer, pivot, damp = tried, "Hessian not positive definite, damping tenfold");
+                tracing::warn!(
+                    layer,
+                    pivot,
+                    damp = tried,
+                    "Hessian not positive definite, damping tenfold"
+                );
                 tried *= 10.0;
             }
             Err(other) => return Err(other.into()),

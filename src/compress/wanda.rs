@@ -25,7 +25,7 @@ impl<B: Backend> LayerSolver<B> for Wanda {
         statistic: &mut Statistic<B>,
         times: &mut SolveTimes,
     ) -> Result<Vec<Solved<B>>, SolveError> {
-        let squares = b.download(super::statistic_matrix(&layers, statistic, StatKind::ColumnNorm)?)?;
+        let squares = feature_squares(b, &layers, statistic)?;
         let norms: Vec<f32> = squares.iter().map(|square| square.sqrt()).collect();
         let scale = b.upload(&norms, 1, norms.len())?;
         let dead_features = squares.iter().filter(|&&square| square == 0.0).count();
@@ -59,6 +59,21 @@ impl<B: Backend> LayerSolver<B> for Wanda {
             })
             .collect()
     }
+}
+
+/// `‖x_j‖²` of every input feature, up to a common factor, which changes no ranking within a row:
+/// a Hessian has twice the mean over sequences on its diagonal.
+fn feature_squares<B: Backend>(
+    b: &B,
+    layers: &[Layer<B>],
+    statistic: &Statistic<B>,
+) -> Result<Vec<f32>, SolveError> {
+    if statistic.kind() == StatKind::Hessian {
+        let h = super::statistic_matrix(layers, statistic, StatKind::Hessian)?;
+        return Ok(b.diagonal(h)?);
+    }
+    let squares = super::statistic_matrix(layers, statistic, StatKind::ColumnNorm)?;
+    Ok(b.download(squares)?)
 }
 
 /// `Σ (w − ŵ)² ‖x_j‖² / Σ w² ‖x_j‖²`: the output error if features were uncorrelated.

@@ -4,19 +4,17 @@
 
 use serde::Serialize;
 
+use super::LmHead;
 use crate::{
     backend::{Backend, BackendJob, HostData, HostMatrix, SequenceLens},
     calibration::{HiddenStates, HostActivations},
     model::{BlockGeometry, ModelSource, embed},
-    pipeline::{LoadedBlock, PipelineError, Progress, Result, load_norm},
+    pipeline::{LoadedBlock, PipelineError, Progress, Result},
 };
 
 /// Rows of logits computed at a time: `tokens × vocabulary` f32 is the largest matrix of an
 /// evaluation.
 const LOGIT_ROWS: usize = 128;
-
-/// Rows of the output matrix laid out at a time.
-const HEAD_ROWS: usize = 1 << 16;
 
 /// A measured perplexity with its protocol.
 #[derive(Debug, Clone, Serialize)]
@@ -106,8 +104,7 @@ impl PerplexityJob<'_> {
     /// Sum over all windows of the negative log-likelihood of tokens 2..n.
     fn negative_log_likelihood<B: Backend>(&self, b: &B, mut hidden: HiddenStates) -> Result<f64> {
         let (source, config) = (self.source, self.source.config());
-        let norm = load_norm(b, source, &source.final_norm())?;
-        let head = load_head(b, source)?;
+        let head = LmHead::load(b, source)?;
         let mut sum = 0.0;
         for (index, ids) in self.windows.iter().enumerate() {
             let HostMatrix { data, .. } = hidden.take(index)?.residual;
@@ -118,7 +115,7 @@ impl PerplexityJob<'_> {
                 let rows = start..(start + LOGIT_ROWS).min(predicting);
                 let slice = &values[rows.start * config.hidden_size..rows.end * config.hidden_size];
                 let x = b.upload(slice, rows.len(), config.hidden_size)?;
-                let logits = b.linear(&norm.apply(b, &x)?, &head, None)?;
+                let logits = head.logits(b, &x)?;
                 let nll = b.token_nll(&logits, &ids[rows.start + 1..=rows.end])?;
                 sum += nll.iter().sum::<f64>();
             }
@@ -126,17 +123,4 @@ impl PerplexityJob<'_> {
         }
         Ok(sum)
     }
-}
-
-/// The output matrix, laid out piece by piece.
-fn load_head<B: Backend>(b: &B, source: &ModelSource) -> Result<B::Weight> {
-    let name = source.lm_head();
-    let [rows, cols] = [source.config().vocab_size, source.config().hidden_size];
-    let mut pieces = Vec::new();
-    for start in (0..rows).step_by(HEAD_ROWS) {
-        let range = start..(start + HEAD_ROWS).min(rows);
-        let values = source.read_rows_f32(&name, range.clone())?;
-        pieces.push(b.upload(&values, range.len(), cols)?);
-    }
-    Ok(b.prepare(&pieces.iter().collect::<Vec<_>>())?)
 }

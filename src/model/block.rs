@@ -13,14 +13,14 @@ use crate::{
 /// A normalisation layer on the device.
 #[derive(Debug)]
 pub enum Norm<B: Backend> {
-    /// RMSNorm: `gain [1, features]`.
+    /// `RMSNorm`: `gain [1, features]`.
     Rms {
         /// Gain.
         gain: B::Matrix,
         /// Added to the mean square.
         eps: f32,
     },
-    /// LayerNorm: `gain` and `bias [1, features]`.
+    /// `LayerNorm`: `gain` and `bias [1, features]`.
     Layer {
         /// Gain.
         gain: B::Matrix,

@@ -214,9 +214,8 @@ impl<B: Backend> StageContext<'_, B> {
         Ok(Statistic::new(self.backend, kind, features, hidden.sequences())?)
     }
 
-    /// Solves the planned layers that share the input at `point`, method by method: those that
-    /// only read the statistic first, SparseGPT last, since it changes the diagonal of dead
-    /// features.
+    /// Solves the planned layers that share the input at `point`, method by method: each takes all
+    /// its layers at once, so that SparseGPT factorises their Hessian once.
     fn solve_point(
         &self,
         plan: &BlockPlan,

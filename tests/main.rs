@@ -1,0 +1,6 @@
+//! Integration tests: one crate, one module per subject.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests")]
+#![allow(clippy::print_stdout, reason = "tests print what they measure and what they skip")]
+
+mod parity;
