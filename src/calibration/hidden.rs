@@ -175,12 +175,14 @@ impl Spill {
         let data = if extent.bf16 {
             let mut values = vec![bf16::ZERO; len];
             let bytes = bytemuck::cast_slice_mut(&mut values);
-            positioned::read_exact_at(&self.file, bytes, extent.offset).map_err(self.error("read"))?;
+            positioned::read_exact_at(&self.file, bytes, extent.offset)
+                .map_err(self.error("read"))?;
             HostData::Bf16(values)
         } else {
             let mut values = vec![0f32; len];
             let bytes = bytemuck::cast_slice_mut(&mut values);
-            positioned::read_exact_at(&self.file, bytes, extent.offset).map_err(self.error("read"))?;
+            positioned::read_exact_at(&self.file, bytes, extent.offset)
+                .map_err(self.error("read"))?;
             HostData::F32(values)
         };
         Ok(HostMatrix { rows: extent.rows, cols: extent.cols, data })

@@ -1,6 +1,7 @@
 //! Groups of arguments that several commands share, and what they resolve to.
+#![allow(clippy::doc_markdown, reason = "doc comments here are help texts, shown without markup")]
 
-use std::{ops::Range, path::PathBuf};
+use std::path::PathBuf;
 
 use clap::{Args, ValueEnum, ValueHint};
 
@@ -9,7 +10,8 @@ use crate::{
     backend::{Device, DeviceOptions, Precision},
     compress::{Method, Sparsity},
     recipe::{
-        OutputFormat, PruneRecipe, Recipe, RecipeError, Selector, Sequential, WeightDType,
+        BlockRange, OutputFormat, PruneRecipe, Recipe, RecipeError, Selector, Sequential,
+        WeightDType,
     },
 };
 
@@ -98,8 +100,8 @@ struct PruneArgs {
     #[arg(long, value_name = "SELECTOR", value_delimiter = ',')]
     ignore: Vec<Selector>,
     /// Prune these blocks only, for trials.
-    #[arg(long, value_name = "RANGE", value_parser = crate::recipe::parse_range)]
-    blocks: Option<Range<usize>>,
+    #[arg(long, value_name = "RANGE")]
+    blocks: Option<BlockRange>,
 }
 
 /// `--prune`.
@@ -142,8 +144,8 @@ struct FormatArgs {
 }
 
 impl RecipeArgs {
-    /// The recipe file with the flags on top, and the blocks to prune.
-    pub(super) fn resolve(&self) -> Result<(Recipe, Option<Range<usize>>), CliError> {
+    /// The recipe file with the flags on top.
+    pub(super) fn resolve(&self) -> Result<Recipe, CliError> {
         let mut recipe = match &self.recipe {
             Some(path) => Recipe::read(path)?,
             None => Recipe::default(),
@@ -166,7 +168,7 @@ impl RecipeArgs {
         }
         recipe.output.format = self.output.format.or(recipe.output.format);
         recipe.output.dtype = self.output.dtype.or(recipe.output.dtype);
-        Ok((recipe, self.prune.blocks.clone()))
+        Ok(recipe)
     }
 }
 
@@ -197,7 +199,9 @@ impl PruneArgs {
                     ];
                     return match stray.into_iter().find(|(_, given)| *given) {
                         Some((flag, _)) => Err(RecipeError::Contradiction {
-                            what: format!("{flag} is about pruning, but no --prune METHOD is given"),
+                            what: format!(
+                                "{flag} is about pruning, but no --prune METHOD is given"
+                            ),
                         }
                         .into()),
                         None => Ok(()),
@@ -209,6 +213,7 @@ impl PruneArgs {
             prune.method = method.unwrap_or(prune.method);
             prune.sparsity = self.sparsity.unwrap_or(prune.sparsity);
             prune.sequential = self.sequential.unwrap_or(prune.sequential);
+            prune.blocks = self.blocks.clone().or(prune.blocks.take());
             if !self.targets.is_empty() {
                 prune.targets.clone_from(&self.targets);
             }

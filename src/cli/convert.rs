@@ -50,10 +50,10 @@ pub(super) struct ConvertArgs {
     json: bool,
 }
 
-pub(super) fn run(args: ConvertArgs, quiet: bool) -> Result<Status, CliError> {
-    let (recipe, blocks) = args.recipe.resolve()?;
+pub(super) fn run(args: &ConvertArgs, quiet: bool) -> Result<Status, CliError> {
+    let recipe = args.recipe.resolve()?;
     let source = ModelSource::open(&args.model)?;
-    let plan = ConversionPlan::new(&source, &recipe, blocks.clone())?;
+    let plan = ConversionPlan::new(&source, &recipe)?;
     let calibration = load_calibration(&source, &recipe)?;
     let options = RunOptions {
         resume: args.resume,
@@ -67,7 +67,6 @@ pub(super) fn run(args: ConvertArgs, quiet: bool) -> Result<Status, CliError> {
         &plan,
         calibration.as_ref(),
         &args.output,
-        blocks,
         args.device.resolve(),
         options,
         progress,

@@ -3,8 +3,8 @@
 use std::io;
 
 use crate::{
-    backend::BackendError, calibration::DatasetError, model::ModelError,
-    pipeline::PipelineError, recipe::RecipeError,
+    backend::BackendError, calibration::DatasetError, model::ModelError, pipeline::PipelineError,
+    recipe::RecipeError,
 };
 
 /// Why a command failed.
@@ -44,14 +44,14 @@ impl CliError {
     /// 2 for what the user can change on the command line or in the recipe, 1 for everything else.
     pub(super) fn exit_code(&self) -> u8 {
         match self {
-            Self::Recipe(_) | Self::Usage(_) => 2,
-            Self::Pipeline(error) => match error {
+            Self::Recipe(_)
+            | Self::Usage(_)
+            | Self::Pipeline(
                 PipelineError::Recipe(_)
                 | PipelineError::OutputExists { .. }
                 | PipelineError::OutputIsInput { .. }
-                | PipelineError::Unsupported { .. } => 2,
-                _ => 1,
-            },
+                | PipelineError::Unsupported { .. },
+            ) => 2,
             _ => 1,
         }
     }

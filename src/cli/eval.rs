@@ -97,10 +97,13 @@ pub(super) fn run(args: &EvalArgs, quiet: bool) -> Result<Status, CliError> {
         stored_bytes: source.tensors().iter().map(|tensor| tensor.stored_bytes).sum(),
         compute,
     };
-    if args.json { render::json(&report)? } else { render::eval(&report)? }
-    let above = args.fail_above.is_some_and(|limit| {
-        // NaN is above every limit.
-        !(report.perplexity.perplexity <= limit)
-    });
+    if args.json {
+        render::json(&report)?;
+    } else {
+        render::eval(&report)?;
+    }
+    let measured = report.perplexity.perplexity;
+    // A model that gives NaN is worse than any limit.
+    let above = args.fail_above.is_some_and(|limit| measured > limit || measured.is_nan());
     Ok(if above { Status::Mismatch } else { Status::Done })
 }

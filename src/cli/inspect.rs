@@ -66,7 +66,11 @@ pub(super) fn run(args: &InspectArgs) -> Result<Status, CliError> {
         }
         Err(error) => return Err(error.into()),
     };
-    if args.json { render::json(&summary)? } else { render::inspect(&args.model, &summary)? }
+    if args.json {
+        render::json(&summary)?;
+    } else {
+        render::inspect(&args.model, &summary)?;
+    }
     Ok(Status::Done)
 }
 
@@ -149,5 +153,6 @@ fn look_inside(summary: &mut TensorSummary, values: &[f32]) {
         cols.is_multiple_of(m)
             && values.chunks(m).all(|group| group.iter().filter(|v| **v != 0.0).count() <= n)
     };
-    summary.pattern = PATTERNS.iter().find(|pattern| fits(pattern)).map(|(n, m)| format!("{n}:{m}"));
+    summary.pattern =
+        PATTERNS.iter().find(|pattern| fits(pattern)).map(|(n, m)| format!("{n}:{m}"));
 }

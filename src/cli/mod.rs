@@ -93,7 +93,7 @@ impl Command {
         match self {
             Self::Inspect(args) => inspect::run(&args),
             Self::Plan(args) => plan::run(&args),
-            Self::Convert(args) => convert::run(args, quiet),
+            Self::Convert(args) => convert::run(&args, quiet),
             Self::Eval(args) => eval::run(&args, quiet),
             Self::Verify(args) => verify::run(&args),
             Self::Unpack(args) => unpack::run(&args),

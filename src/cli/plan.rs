@@ -20,9 +20,13 @@ pub(super) struct PlanArgs {
 }
 
 pub(super) fn run(args: &PlanArgs) -> Result<Status, CliError> {
-    let (recipe, blocks) = args.recipe.resolve()?;
+    let recipe = args.recipe.resolve()?;
     let source = ModelSource::open(&args.model)?;
-    let plan = ConversionPlan::new(&source, &recipe, blocks)?;
-    if args.json { render::json(&plan)? } else { render::plan(&source, &plan)? }
+    let plan = ConversionPlan::new(&source, &recipe)?;
+    if args.json {
+        render::json(&plan)?;
+    } else {
+        render::plan(&source, &plan)?;
+    }
     Ok(Status::Done)
 }

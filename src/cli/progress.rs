@@ -44,7 +44,8 @@ impl Progress for Bar {
     }
 
     fn block(&self, report: &BlockReport) {
-        let number = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.4}"));
+        let number =
+            |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.4}"));
         tracing::info!(
             block = report.block,
             sparsity = %format_args!("{:.4}", report.sparsity),

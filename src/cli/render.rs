@@ -148,7 +148,12 @@ pub(super) fn converted(
     writeln!(text, "  source          {:>10}", bytes(plan.source_bytes))?;
     phases(&mut text, &converted.times, converted.gemm_ceiling, converted.secs)?;
     if let Some((_, peak)) = resident_bytes() {
-        writeln!(text, "  peak memory     {:>10}  (planned {})", bytes(peak), bytes(plan.budget.peak_bytes))?;
+        writeln!(
+            text,
+            "  peak memory     {:>10}  (planned {})",
+            bytes(peak),
+            bytes(plan.budget.peak_bytes)
+        )?;
     }
     writeln!(text, "  computed on     {}", converted.manifest.device)?;
     Ok(())
@@ -164,7 +169,13 @@ fn phases(
     let mut accounted = 0.0;
     for (phase, cost) in times.iter().filter(|(_, cost)| cost.secs > 0.0) {
         accounted += cost.secs;
-        write!(text, "    {:<12} {:>9.2}  {:>5.1}%", phase.name(), cost.secs, 100.0 * cost.secs / total)?;
+        write!(
+            text,
+            "    {:<12} {:>9.2}  {:>5.1}%",
+            phase.name(),
+            cost.secs,
+            100.0 * cost.secs / total
+        )?;
         if cost.flops > 0.0 {
             let rate = cost.flops / cost.secs;
             write!(text, "  {:>9.1}", rate / 1e9)?;
@@ -180,7 +191,12 @@ fn phases(
     if times.flops() > 0.0 {
         write!(text, "  {:>9.1}", times.flops() / total / 1e9)?;
         if let Some(ceiling) = ceiling {
-            write!(text, "  {:>5.1}%  (ceiling {:.1})", 100.0 * times.flops() / total / ceiling, ceiling / 1e9)?;
+            write!(
+                text,
+                "  {:>5.1}%  (ceiling {:.1})",
+                100.0 * times.flops() / total / ceiling,
+                ceiling / 1e9
+            )?;
         }
     }
     writeln!(text)
@@ -315,7 +331,11 @@ pub(super) fn eval(report: &EvalReport) -> Result<(), CliError> {
     )?;
     writeln!(text, "  parameters      {}", count(report.parameters))?;
     writeln!(text, "  stored          {}", bytes(report.stored_bytes))?;
-    writeln!(text, "  FLOPs a token   {} (dense, half a window of context)", count(report.flops_per_token))?;
+    writeln!(
+        text,
+        "  FLOPs a token   {} (dense, half a window of context)",
+        count(report.flops_per_token)
+    )?;
     writeln!(text, "  computed on     {}", report.compute)?;
     Ok(())
 }

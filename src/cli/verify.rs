@@ -26,7 +26,11 @@ pub(super) struct VerifyArgs {
 pub(super) fn run(args: &VerifyArgs) -> Result<Status, CliError> {
     let options = VerifyOptions { sample: args.sample };
     let report = verify(&args.output, args.against.as_deref(), &options)?;
-    if args.json { render::json(&report)? } else { render::verify(&args.output, &report)? }
+    if args.json {
+        render::json(&report)?;
+    } else {
+        render::verify(&args.output, &report)?;
+    }
     Ok(if report.findings.is_empty() { Status::Done } else { Status::Mismatch })
 }
 

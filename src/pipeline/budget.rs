@@ -33,7 +33,11 @@ pub struct MemoryBudget {
 
 impl MemoryBudget {
     /// The budget of a conversion.
-    pub fn new(source: &ModelSource, blocks: &[BlockPlan], calibration: &CalibrationRecipe) -> Self {
+    pub fn new(
+        source: &ModelSource,
+        blocks: &[BlockPlan],
+        calibration: &CalibrationRecipe,
+    ) -> Self {
         let config = source.config();
         let needs = blocks.iter().map(BlockPlan::needs).max().unwrap_or(StatKind::None);
         let calibrated = needs > StatKind::None;
@@ -57,7 +61,8 @@ impl MemoryBudget {
         let statistics_bytes = features * features * (4 + 4 + 8 + 8);
 
         let batch = BATCH_TOKENS.max(calibration.seq_len) as u64;
-        let widest_output = (config.q_features() + 2 * config.kv_features()).max(2 * config.intermediate_size) as u64;
+        let widest_output = (config.q_features() + 2 * config.kv_features())
+            .max(2 * config.intermediate_size) as u64;
         let batch_bytes = if calibrated { batch * (widest_output + 2 * hidden) * 4 } else { 0 };
         Self {
             hidden_bytes,
@@ -92,7 +97,12 @@ pub(super) fn widest_kept_input(config: &ModelConfig) -> u64 {
 }
 
 /// Operations of a forward pass of `tokens` tokens in windows of `window` through one block.
-pub(super) fn block_forward_flops(config: &ModelConfig, weights: u64, tokens: f64, window: f64) -> f64 {
+pub(super) fn block_forward_flops(
+    config: &ModelConfig,
+    weights: u64,
+    tokens: f64,
+    window: f64,
+) -> f64 {
     // Causal attention: on average half of the keys, two products.
     let attention = 2.0 * window * (config.num_attention_heads * config.head_dim) as f64;
     tokens * (2.0 * weights as f64 + attention)

@@ -22,7 +22,8 @@ pub(super) fn copy_tensor(
     let tensor = source.tensor(&output.name)?;
     let dtype: DType = output.encoding.value_dtype();
     let matrix = encoding::MatrixShape::of(&tensor.shape);
-    let as_stored = tensor.encoding == (Encoding::Dense { dtype }) && tensor.permuted_heads.is_none();
+    let as_stored =
+        tensor.encoding == (Encoding::Dense { dtype }) && tensor.permuted_heads.is_none();
     if as_stored && !dtype.is_float_weight() {
         for part in source.reader().components(&tensor.stored_name)? {
             part.chunks(CHUNK_BYTES).try_for_each(|chunk| write(chunk.to_vec()))?;

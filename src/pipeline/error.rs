@@ -79,7 +79,9 @@ pub enum PipelineError {
         why: String,
     },
     /// Too many calibration tokens have non-finite activations.
-    #[error("block {block}: {bad} of {all} calibration tokens have NaN or infinite activations; the model or the calibration text is broken")]
+    #[error(
+        "block {block}: {bad} of {all} calibration tokens have NaN or infinite activations; the model or the calibration text is broken"
+    )]
     NonFiniteActivations {
         /// Decoder block.
         block: usize,

@@ -49,7 +49,7 @@ impl RunIdentity {
     ///
     /// # Errors
     /// Serialisation failed: a defect.
-    pub fn new(
+    pub(super) fn new(
         plan: &ConversionPlan,
         source: &[SourceSize],
         calibration: Option<Digest>,
@@ -58,7 +58,7 @@ impl RunIdentity {
         let mut recipe = plan.recipe.clone();
         // The tokens decide, not where the file lies.
         recipe.calibration.file = None;
-        let decided = serde_json::to_vec(&(&recipe, &plan.blocks, &plan.outputs))?;
+        let decided = serde_json::to_vec(&(&recipe, &plan.blocks, &plan.tables, &plan.outputs))?;
         Ok(Self {
             sparsepack: env!("CARGO_PKG_VERSION").to_owned(),
             plan: Digest::of(&decided),
@@ -136,7 +136,7 @@ pub(super) struct Finished {
 
 /// The journal of a run.
 #[derive(Debug)]
-pub struct Journal {
+pub(super) struct Journal {
     dir: PathBuf,
     file: File,
     interval: Duration,
@@ -151,7 +151,7 @@ impl Journal {
     ///
     /// # Errors
     /// The directory or its files cannot be written.
-    pub fn create(out: &Path, identity: &RunIdentity, interval: Duration) -> Result<Self> {
+    pub(super) fn create(out: &Path, identity: &RunIdentity, interval: Duration) -> Result<Self> {
         let dir = out.join(WORK_DIR);
         std::fs::create_dir_all(&dir).map_err(io(&dir, "create the work directory"))?;
         let bytes = serde_json::to_vec_pretty(identity).map_err(json(&dir))?;
@@ -163,7 +163,7 @@ impl Journal {
     ///
     /// # Errors
     /// [`PipelineError::Resume`] when there is none or when it belongs to another run.
-    pub fn resume(
+    pub(super) fn resume(
         out: &Path,
         identity: &RunIdentity,
         interval: Duration,
@@ -196,7 +196,11 @@ impl Journal {
         let path = dir.join("journal.jsonl");
         let mut options = File::options();
         options.create(true).write(true);
-        if fresh { options.truncate(true) } else { options.append(true) };
+        if fresh {
+            options.truncate(true)
+        } else {
+            options.append(true)
+        };
         let file = options.open(&path).map_err(io(&path, "open the journal"))?;
         Ok(Self {
             dir,
@@ -210,17 +214,17 @@ impl Journal {
     }
 
     /// Where temporary files of the run belong.
-    pub fn dir(&self) -> &Path {
+    pub(super) fn dir(&self) -> &Path {
         &self.dir
     }
 
     /// Whether enough time has passed for another checkpoint to be worth its cost.
-    pub fn due(&self) -> bool {
+    pub(super) fn due(&self) -> bool {
         self.last.elapsed() >= self.interval
     }
 
     /// Remembers what a block finished until the next checkpoint.
-    pub fn note(&mut self, reports: &[LayerReport]) {
+    pub(super) fn note(&mut self, reports: &[LayerReport]) {
         self.pending_reports.extend_from_slice(reports);
     }
 
@@ -228,7 +232,7 @@ impl Journal {
     ///
     /// # Errors
     /// The work directory cannot be written.
-    pub fn commit(
+    pub(super) fn commit(
         &mut self,
         blocks_done: usize,
         tensors: Vec<(String, Vec<Digest>)>,
@@ -270,7 +274,7 @@ impl Journal {
     ///
     /// # Errors
     /// The file is missing or not what the journal says.
-    pub fn load_hidden(
+    pub(super) fn load_hidden(
         &self,
         finished: &Finished,
         hidden: &mut HiddenStates,
@@ -293,8 +297,7 @@ impl Journal {
             };
             rest = tail;
             let values = bytemuck::allocation::pod_collect_to_vec(head);
-            let residual =
-                HostMatrix { rows: tokens, cols: features, data: HostData::F32(values) };
+            let residual = HostMatrix { rows: tokens, cols: features, data: HostData::F32(values) };
             hidden.put(batch, HostActivations { residual, input: None })?;
         }
         Ok(())
@@ -304,7 +307,7 @@ impl Journal {
     ///
     /// # Errors
     /// It cannot be removed.
-    pub fn remove(self) -> Result<()> {
+    pub(super) fn remove(self) -> Result<()> {
         std::fs::remove_dir_all(&self.dir).map_err(io(&self.dir, "remove the work directory"))
     }
 }

@@ -137,7 +137,13 @@ pub(super) fn round_to_stored(name: &str, dtype: DType, weight: &mut [f32]) -> R
     encoding::dense::encode_f32(name, dtype, weight, &mut bytes)?;
     if dtype != DType::F32 {
         let shape = [weight.len()];
-        sparsepack_formats::Encoding::Dense { dtype }.decode_f32(name, &shape, &[&bytes], 0..1, weight)?;
+        sparsepack_formats::Encoding::Dense { dtype }.decode_f32(
+            name,
+            &shape,
+            &[&bytes],
+            0..1,
+            weight,
+        )?;
     }
     Ok(bytes)
 }

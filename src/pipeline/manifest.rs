@@ -26,9 +26,6 @@ pub struct Manifest {
     pub recipe: Recipe,
     /// Container of the output.
     pub format: OutputFormat,
-    /// Blocks that were pruned, when `--blocks` restricted them.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub only_blocks: Option<std::ops::Range<usize>>,
     /// Our name of the architecture.
     pub architecture: String,
     /// The files that were read.

@@ -17,20 +17,22 @@ mod stages;
 mod unpack;
 mod verify;
 
-use std::{ops::Range, path::Path};
+use std::path::Path;
 
 pub use budget::MemoryBudget;
 pub use error::{PipelineError, Result};
 pub use loader::{LoadedBlock, load_norm};
 pub use manifest::{MANIFEST, Manifest, TensorRecord, Totals};
-pub use output::source_sizes;
-pub use plan::{BlockPlan, ConversionPlan, LayerPlan, OutputTensor};
+pub use plan::{BlockPlan, ConversionPlan, LayerPlan, OutputTensor, TablePlan};
 pub use progress::{
     BlockReport, NoProgress, Phase, PhaseCost, PhaseTimes, Progress, resident_bytes,
 };
-pub use run::{Conversion, Outcome, RunOptions};
+pub use run::RunOptions;
 pub use unpack::unpack;
 pub use verify::{Finding, VerifyOptions, VerifyReport, verify};
+
+use output::source_sizes;
+use run::{Conversion, Outcome};
 
 use crate::{
     backend::{DeviceOptions, dispatch},
@@ -64,7 +66,6 @@ pub fn convert(
     plan: &ConversionPlan,
     calibration: Option<&CalibrationSet>,
     out: &Path,
-    only_blocks: Option<Range<usize>>,
     device: DeviceOptions,
     options: RunOptions,
     progress: &dyn Progress,
@@ -79,9 +80,8 @@ pub fn convert(
         let digests = digests.join().map_err(|_| PipelineError::Thread { name: "digest" });
         (outcome, digests.and_then(|done| done))
     });
-    let finished = outcome.and_then(|outcome| {
-        output::complete(source, plan, out, digests?, only_blocks, outcome)
-    });
+    let finished =
+        outcome.and_then(|outcome| output::complete(source, plan, out, digests?, outcome));
     match finished {
         Ok((manifest, outcome)) => {
             let Outcome { times, gemm_ceiling, journal, .. } = outcome;

@@ -24,18 +24,15 @@ const DISK_SLACK_BYTES: u64 = 16 << 20;
 /// # Errors
 /// [`PipelineError::OutputIsInput`], [`PipelineError::OutputExists`], [`PipelineError::DiskFull`].
 pub(super) fn prepare(out: &Path, source: &Path, resume: bool, bytes: u64) -> Result<()> {
-    let io = |action| {
-        move |source| PipelineError::Io { path: out.to_owned(), action, source }
-    };
+    let io = |action| move |source| PipelineError::Io { path: out.to_owned(), action, source };
     if let (Ok(a), Ok(b)) = (out.canonicalize(), source.canonicalize()) {
         let input_dir = if b.is_dir() { Some(b.as_path()) } else { b.parent() };
         if a == b || (input_dir == Some(a.as_path())) {
             return Err(PipelineError::OutputIsInput { path: out.to_owned() });
         }
     }
-    let exists = |found, hint| {
-        Err(PipelineError::OutputExists { path: out.to_owned(), found, hint })
-    };
+    let exists =
+        |found, hint| Err(PipelineError::OutputExists { path: out.to_owned(), found, hint });
     if out.exists() {
         if !out.is_dir() {
             return exists("is not a directory", "");
@@ -43,7 +40,7 @@ pub(super) fn prepare(out: &Path, source: &Path, resume: bool, bytes: u64) -> Re
         let interrupted = out.join(WORK_DIR).is_dir();
         let empty = std::fs::read_dir(out).map_err(io("list"))?.next().is_none();
         match (interrupted, resume, empty) {
-            (true, true, _) => {}
+            (true, true, _) | (false, false, true) => {}
             (true, false, _) => {
                 return exists(
                     "holds an interrupted conversion",
@@ -53,14 +50,15 @@ pub(super) fn prepare(out: &Path, source: &Path, resume: bool, bytes: u64) -> Re
             (false, _, false) if out.join(MANIFEST).is_file() => {
                 return exists("holds a finished conversion", ", or remove it");
             }
-            (false, _, false) => return exists("is not empty and was not written by sparsepack", ""),
+            (false, _, false) => {
+                return exists("is not empty and was not written by sparsepack", "");
+            }
             (false, true, true) => {
                 return Err(PipelineError::Resume {
                     path: out.to_owned(),
                     why: "there is no interrupted run in it".to_owned(),
                 });
             }
-            (false, false, true) => {}
         }
     } else if resume {
         return Err(PipelineError::Resume {
@@ -110,7 +108,6 @@ pub(super) fn complete(
     plan: &ConversionPlan,
     out: &Path,
     source_files: Vec<SourceFile>,
-    only_blocks: Option<std::ops::Range<usize>>,
     outcome: Outcome,
 ) -> Result<(Manifest, Outcome)> {
     for sidecar in sidecars(source)? {
@@ -125,7 +122,6 @@ pub(super) fn complete(
         sparsepack: env!("CARGO_PKG_VERSION").to_owned(),
         recipe: plan.recipe.clone(),
         format: plan.format,
-        only_blocks,
         architecture: source.arch().name.clone(),
         source: source_files,
         calibration: outcome.calibration.clone(),
@@ -200,13 +196,10 @@ fn tensor_records(plan: &ConversionPlan, outcome: &Outcome) -> Result<Vec<Tensor
                 encoding: output.encoding,
                 shape: output.shape.clone(),
                 components: component_records(output, digests)?,
-                pruned: plan.layer_of(&output.name).and_then(|layer| {
-                    let report = outcome.reports.iter().find(|report| report.layer == layer.module)?;
-                    Some(PrunedRecord {
-                        method: layer.method,
-                        sparsity: layer.sparsity,
-                        report: report.clone(),
-                    })
+                pruned: plan.pruned(&output.name).and_then(|(method, sparsity)| {
+                    let module = output.name.strip_suffix(".weight")?;
+                    let report = outcome.reports.iter().find(|report| report.layer == module)?;
+                    Some(PrunedRecord { method, sparsity, report: report.clone() })
                 }),
             })
         })
@@ -231,13 +224,14 @@ fn component_records(output: &OutputTensor, digests: &[Digest]) -> Result<Vec<Co
 ///
 /// # Errors
 /// A file that cannot be examined.
-pub fn source_sizes(source: &ModelSource) -> Result<Vec<SourceSize>> {
+pub(super) fn source_sizes(source: &ModelSource) -> Result<Vec<SourceSize>> {
     source
         .reader()
         .files()
         .into_iter()
         .map(|path| {
-            let io = |source| PipelineError::Io { path: path.to_owned(), action: "examine", source };
+            let io =
+                |source| PipelineError::Io { path: path.to_owned(), action: "examine", source };
             let bytes = std::fs::metadata(path).map_err(io)?.len();
             let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
             Ok(SourceSize { file, bytes })
@@ -249,7 +243,7 @@ pub fn source_sizes(source: &ModelSource) -> Result<Vec<SourceSize>> {
 ///
 /// # Errors
 /// A file that cannot be read.
-pub fn source_digests(source: &ModelSource) -> Result<Vec<SourceFile>> {
+pub(super) fn source_digests(source: &ModelSource) -> Result<Vec<SourceFile>> {
     let files = source.reader().files();
     files
         .into_iter()

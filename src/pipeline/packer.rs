@@ -28,7 +28,7 @@ pub(super) struct Packer {
 
 impl Packer {
     /// Starts the thread.
-    pub fn start(writer: SafetensorsWriter) -> Self {
+    pub(super) fn start(writer: SafetensorsWriter) -> Self {
         let (jobs, queue) = sync_channel(QUEUE);
         let thread = std::thread::spawn(move || write_behind(writer, &queue));
         Self { jobs: Some(jobs), thread: Some(thread) }
@@ -38,7 +38,7 @@ impl Packer {
     ///
     /// # Errors
     /// The writer has failed; its own error is returned.
-    pub fn write(&mut self, name: &str, component: usize, bytes: Vec<u8>) -> Result<()> {
+    pub(super) fn write(&mut self, name: &str, component: usize, bytes: Vec<u8>) -> Result<()> {
         self.send(Job::Write { name: name.to_owned(), component, bytes })
     }
 
@@ -46,7 +46,7 @@ impl Packer {
     ///
     /// # Errors
     /// The writer has failed, or a tensor is not complete.
-    pub fn sync(&mut self, names: Vec<String>) -> Result<Vec<Vec<Digest>>> {
+    pub(super) fn sync(&mut self, names: Vec<String>) -> Result<Vec<Vec<Digest>>> {
         let (reply, answer) = sync_channel(1);
         self.send(Job::Sync { names, reply })?;
         match answer.recv() {
@@ -59,7 +59,7 @@ impl Packer {
     ///
     /// # Errors
     /// The writer has failed; a tensor is missing.
-    pub fn finish(mut self) -> Result<Vec<WrittenFile>> {
+    pub(super) fn finish(mut self) -> Result<Vec<WrittenFile>> {
         Ok(self.join()?.finish()?)
     }
 
@@ -99,9 +99,9 @@ fn write_behind(mut writer: SafetensorsWriter, queue: &Receiver<Job>) -> Result<
         match job {
             Job::Write { name, component, bytes } => writer.write(&name, component, &bytes)?,
             Job::Sync { names, reply } => {
-                let digests = writer.sync().and_then(|()| {
-                    names.iter().map(|name| writer.digests(name)).collect()
-                });
+                let digests = writer
+                    .sync()
+                    .and_then(|()| names.iter().map(|name| writer.digests(name)).collect());
                 // A caller that no longer listens has failed itself.
                 let _ = reply.send(digests.map_err(PipelineError::from));
             }

@@ -1,10 +1,12 @@
 //! The plan: every output byte range, every layer's target and the peak memory, from headers and
 //! recipe alone. No tensor data is read.
 
-use std::{collections::BTreeMap, ops::Range};
+use std::collections::BTreeMap;
 
 use serde::Serialize;
-use sparsepack_formats::{DType, Encoding, FormatError, ModelMetadata, ShardLayout};
+use sparsepack_formats::{
+    DType, Encoding, FormatError, ModelMetadata, ShardLayout, encoding::MatrixShape,
+};
 
 use super::{
     budget::MemoryBudget,
@@ -14,7 +16,7 @@ use crate::{
     calibration::StatKind,
     compress::{Method, SolveError, SolverOptions, Sparsity},
     model::{CapturePoint, ModelSource, ModelTensor, Role, TensorKind},
-    recipe::{OutputFormat, PruneRecipe, Recipe, RecipeError, Selector, Sequential},
+    recipe::{BlockRange, OutputFormat, PruneRecipe, Recipe, RecipeError, Selector, Sequential},
 };
 
 /// A shard is closed before it would grow beyond this; a block is never split.
@@ -32,6 +34,22 @@ pub struct LayerPlan {
     /// `out_features`.
     pub rows: usize,
     /// `in_features`.
+    pub cols: usize,
+    /// How weights are chosen.
+    pub method: Method,
+    /// What to reach.
+    pub sparsity: Sparsity,
+}
+
+/// A matrix outside the blocks (output matrix, embeddings) to prune. Its inputs are not captured,
+/// so only methods that look at weights alone can.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct TablePlan {
+    /// Module name, without `.weight`.
+    pub module: String,
+    /// Rows.
+    pub rows: usize,
+    /// Columns.
     pub cols: usize,
     /// How weights are chosen.
     pub method: Method,
@@ -94,6 +112,9 @@ pub struct ConversionPlan {
     pub sequential: Sequential,
     /// Every decoder block.
     pub blocks: Vec<BlockPlan>,
+    /// Matrices outside the blocks to prune.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tables: Vec<TablePlan>,
     /// Tensors in output order.
     pub outputs: Vec<OutputTensor>,
     /// Memory at the peak, by purpose.
@@ -111,23 +132,19 @@ pub struct ConversionPlan {
 }
 
 impl ConversionPlan {
-    /// Plans a conversion of `source`. Only layers of `only_blocks`, where given, are pruned.
+    /// Plans a conversion of `source`.
     ///
     /// # Errors
     /// A selector that matches nothing, a pattern that does not fit a layer, a format that cannot
     /// hold the result, options that contradict each other.
-    pub fn new(
-        source: &ModelSource,
-        recipe: &Recipe,
-        only_blocks: Option<Range<usize>>,
-    ) -> Result<Self> {
+    pub fn new(source: &ModelSource, recipe: &Recipe) -> Result<Self> {
         let config = source.config();
-        let blocks = plan_blocks(source, recipe, only_blocks.as_ref())?;
+        let (blocks, tables) = plan_layers(source, recipe)?;
         let needs = blocks.iter().map(BlockPlan::needs).max().unwrap_or(StatKind::None);
         check_calibration(recipe, needs, config.max_position_embeddings)?;
 
         let format = recipe.output.format.unwrap_or(OutputFormat::Safetensors);
-        let outputs = plan_outputs(source, recipe, format, &blocks)?;
+        let outputs = plan_outputs(source, recipe, format, &blocks, &tables)?;
         if format == OutputFormat::Packed
             && !outputs.iter().any(|output| matches!(output.encoding, Encoding::Sparse24 { .. }))
         {
@@ -155,6 +172,7 @@ impl ConversionPlan {
                 column_block: prune.column_block,
             }),
             blocks,
+            tables,
             outputs,
             output_bytes,
             source_bytes,
@@ -199,40 +217,48 @@ impl ConversionPlan {
     /// There is none: a defect of the caller.
     pub fn output(&self, name: &str) -> Result<&OutputTensor> {
         self.outputs.iter().find(|output| output.name == name).ok_or_else(|| {
-            FormatError::Encoding { name: name.to_owned(), what: "is not planned".to_owned() }.into()
+            FormatError::Encoding { name: name.to_owned(), what: "is not planned".to_owned() }
+                .into()
         })
     }
 
-    /// The planned layer whose weight is the tensor `name`.
-    pub fn layer_of(&self, name: &str) -> Option<&LayerPlan> {
+    /// Method and sparsity of the tensor `name`, if it is pruned.
+    pub fn pruned(&self, name: &str) -> Option<(Method, Sparsity)> {
         let module = name.strip_suffix(".weight")?;
-        self.blocks.iter().flat_map(|block| &block.layers).find(|layer| layer.module == module)
+        let mut layers = self.blocks.iter().flat_map(|block| &block.layers);
+        let layer = layers.find(|layer| layer.module == module);
+        let table = self.table(name).map(|table| (table.method, table.sparsity));
+        layer.map(|layer| (layer.method, layer.sparsity)).or(table)
+    }
+
+    /// The planned matrix outside the blocks whose weight is the tensor `name`.
+    pub fn table(&self, name: &str) -> Option<&TablePlan> {
+        let module = name.strip_suffix(".weight")?;
+        self.tables.iter().find(|table| table.module == module)
     }
 }
 
-fn plan_blocks(
-    source: &ModelSource,
-    recipe: &Recipe,
-    only_blocks: Option<&Range<usize>>,
-) -> Result<Vec<BlockPlan>> {
+/// The linears and tables to prune.
+fn plan_layers(source: &ModelSource, recipe: &Recipe) -> Result<(Vec<BlockPlan>, Vec<TablePlan>)> {
     let (arch, config) = (source.arch(), source.config());
     let count = config.num_hidden_layers;
-    if let Some(range) = only_blocks.filter(|range| range.end > count) {
+    let Some(prune) = &recipe.prune else {
+        if !recipe.rules.is_empty() {
+            return Err(contradiction(
+                "[[rule]] needs a [prune] section to be an exception of".into(),
+            ));
+        }
+        let dense = |index| BlockPlan { index, layers: Vec::new() };
+        return Ok(((0..count).map(dense).collect(), Vec::new()));
+    };
+    check_options(prune)?;
+    let only = prune.blocks.as_ref().map(|BlockRange(range)| range);
+    if let Some(range) = only.filter(|range| range.end > count) {
         return Err(contradiction(format!(
             "blocks {}..{} were asked for but the model has {count}",
             range.start, range.end
         )));
     }
-    let Some(prune) = &recipe.prune else {
-        if !recipe.rules.is_empty() {
-            return Err(contradiction("[[rule]] needs a [prune] section to be an exception of".into()));
-        }
-        if only_blocks.is_some() {
-            return Err(contradiction("--blocks selects blocks to prune, but nothing is pruned".into()));
-        }
-        return Ok((0..count).map(|index| BlockPlan { index, layers: Vec::new() }).collect());
-    };
-    check_options(prune)?;
 
     let mut matched = MatchLog::default();
     let mut blocks = Vec::with_capacity(count);
@@ -240,13 +266,12 @@ fn plan_blocks(
         let mut layers = Vec::new();
         for spec in &arch.linears {
             let module = spec.module(index);
-            let choice = choose(prune, recipe, &module, spec.role, index, &mut matched);
-            let inside = only_blocks.is_none_or(|range| range.contains(&index));
+            let hits = |selector: &Selector| selector.matches(&module, spec.role.name(), index);
+            let choice = choose(prune, recipe, &hits, &mut matched);
+            let inside = only.is_none_or(|range| range.contains(&index));
             let Some((method, sparsity)) = choice.filter(|_| inside) else { continue };
             let [rows, cols] = config.linear_shape(spec.role);
-            if let (Sparsity::NofM { m, .. }, false) = (sparsity, sparsity.fits(cols)) {
-                return Err(SolveError::GroupSize { layer: module, cols, m }.into());
-            }
+            check_groups(&module, sparsity, cols)?;
             layers.push(LayerPlan {
                 module,
                 role: spec.role,
@@ -259,12 +284,52 @@ fn plan_blocks(
         }
         blocks.push(BlockPlan { index, layers });
     }
+    let tables = plan_tables(source, prune, recipe, &mut matched)?;
     let example = arch.linears.first().map(|spec| spec.module(0)).unwrap_or_default();
     matched.check(prune, recipe, &example)?;
-    if blocks.iter().all(|block| block.layers.is_empty()) {
+    if tables.is_empty() && blocks.iter().all(|block| block.layers.is_empty()) {
         return Err(contradiction("every layer is ignored, so there is nothing to prune".into()));
     }
-    Ok(blocks)
+    Ok((blocks, tables))
+}
+
+/// The output matrix and the embeddings, where a selector names them. A tied output matrix is the
+/// embeddings, and is named as such.
+fn plan_tables(
+    source: &ModelSource,
+    prune: &PruneRecipe,
+    recipe: &Recipe,
+    matched: &mut MatchLog,
+) -> Result<Vec<TablePlan>> {
+    let mut tables = Vec::new();
+    for tensor in source.tensors() {
+        if !matches!(tensor.kind, TensorKind::Embedding | TensorKind::LmHead) {
+            continue;
+        }
+        let module = tensor.name.strip_suffix(".weight").unwrap_or(&tensor.name).to_owned();
+        let hits = |selector: &Selector| selector.names_table(&module);
+        let Some((method, sparsity)) = choose(prune, recipe, &hits, matched) else { continue };
+        let MatrixShape { rows, cols } = MatrixShape::of(&tensor.shape);
+        if method.needs() > StatKind::None {
+            return Err(contradiction(format!(
+                "{module}: {} needs the inputs of a layer, which are captured for the linears of \
+                 the decoder blocks only; prune it with method magnitude, in a [[rule]] of its own",
+                method.name()
+            )));
+        }
+        check_groups(&module, sparsity, cols)?;
+        tables.push(TablePlan { module, rows, cols, method, sparsity });
+    }
+    Ok(tables)
+}
+
+fn check_groups(layer: &str, sparsity: Sparsity, cols: usize) -> Result<()> {
+    match sparsity {
+        Sparsity::NofM { m, .. } if !sparsity.fits(cols) => {
+            Err(SolveError::GroupSize { layer: layer.to_owned(), cols, m }.into())
+        }
+        _ => Ok(()),
+    }
 }
 
 fn check_options(prune: &PruneRecipe) -> Result<()> {
@@ -287,13 +352,11 @@ impl MatchLog {
         place: &'static str,
         selectors: &[Selector],
         first: usize,
-        module: &str,
-        role: Role,
-        block: usize,
+        hits: &dyn Fn(&Selector) -> bool,
     ) -> bool {
         let mut any = false;
         for (offset, selector) in selectors.iter().enumerate() {
-            let hit = selector.matches(module, role.name(), block);
+            let hit = hits(selector);
             *self.0.entry((place, first + offset)).or_default() |= hit;
             any |= hit;
         }
@@ -322,21 +385,20 @@ impl MatchLog {
     }
 }
 
-/// Method and sparsity of one linear, or `None` to leave it dense. Rules come first, in order.
+/// Method and sparsity of the layer that `hits` tells selectors of, or `None` to leave it dense.
+/// Rules come first, in order.
 fn choose(
     prune: &PruneRecipe,
     recipe: &Recipe,
-    module: &str,
-    role: Role,
-    block: usize,
+    hits: &dyn Fn(&Selector) -> bool,
     matched: &mut MatchLog,
 ) -> Option<(Method, Sparsity)> {
-    let targeted = matched.any("targets", &prune.targets, 0, module, role, block);
-    let ignored = matched.any("ignore", &prune.ignore, 0, module, role, block);
+    let targeted = matched.any("targets", &prune.targets, 0, hits);
+    let ignored = matched.any("ignore", &prune.ignore, 0, hits);
     let mut rule = None;
     let mut first = 0;
     for candidate in &recipe.rules {
-        let hit = matched.any("[[rule]] targets", &candidate.targets, first, module, role, block);
+        let hit = matched.any("[[rule]] targets", &candidate.targets, first, hits);
         first += candidate.targets.len();
         if hit && rule.is_none() {
             rule = Some(candidate);
@@ -360,9 +422,9 @@ fn check_calibration(recipe: &Recipe, needs: StatKind, max_positions: usize) -> 
              weights only)"
                 .into(),
         )),
-        (None, _) => Err(contradiction(
-            "this method needs calibration text: give --calibration FILE".into(),
-        )),
+        (None, _) => {
+            Err(contradiction("this method needs calibration text: give --calibration FILE".into()))
+        }
         (Some(_), _) if calibration.samples == 0 || calibration.seq_len < 2 => {
             Err(contradiction(format!(
                 "{} calibration windows of {} tokens (expected at least 1 of at least 2)",
@@ -387,6 +449,7 @@ fn plan_outputs(
     recipe: &Recipe,
     format: OutputFormat,
     blocks: &[BlockPlan],
+    tables: &[TablePlan],
 ) -> Result<Vec<OutputTensor>> {
     let asked = recipe.output.dtype.map(DType::from);
     let gguf = matches!(source.reader().metadata(), ModelMetadata::Gguf(_));
@@ -402,7 +465,10 @@ fn plan_outputs(
             let layer = linear.and_then(|(block, role)| {
                 blocks[block].layers.iter().find(|layer| layer.role == role)
             });
-            let encoding = match layer.map(|layer| layer.sparsity) {
+            let module = tensor.name.strip_suffix(".weight");
+            let table = tables.iter().find(|table| Some(table.module.as_str()) == module);
+            let sparsity = layer.map(|layer| layer.sparsity).or(table.map(|table| table.sparsity));
+            let encoding = match sparsity {
                 Some(Sparsity::NofM { n: 2, m: 4 }) if format == OutputFormat::Packed => {
                     Encoding::Sparse24 { dtype }
                 }
@@ -441,7 +507,9 @@ fn plan_shards(outputs: &[OutputTensor]) -> Vec<usize> {
         let block = outputs[unit_start].block;
         let unit_len = match block {
             None => 1,
-            Some(_) => outputs[unit_start..].iter().take_while(|output| output.block == block).count(),
+            Some(_) => {
+                outputs[unit_start..].iter().take_while(|output| output.block == block).count()
+            }
         };
         let unit = &outputs[unit_start..unit_start + unit_len];
         let unit_bytes: u64 = unit.iter().map(|output| output.bytes).sum();

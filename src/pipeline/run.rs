@@ -13,14 +13,14 @@ use super::{
     loader::{LoadedBlock, round_to_stored},
     manifest::CalibrationRecord,
     packer::Packer,
-    plan::{BlockPlan, ConversionPlan, OutputTensor},
+    plan::{BlockPlan, ConversionPlan, OutputTensor, TablePlan},
     progress::{BlockReport, Phase, PhaseTimes, Progress, resident_bytes},
     stages::StageContext,
 };
 use crate::{
     backend::{Backend, BackendJob, HostData, HostMatrix, SequenceLens},
-    calibration::{CalibrationSet, HiddenStates, HostActivations, StatKind},
-    compress::LayerReport,
+    calibration::{CalibrationSet, HiddenStates, HostActivations, StatKind, Statistic},
+    compress::{Layer, LayerReport, SolveTimes, solver},
     model::{BlockGeometry, CapturePoint, ModelSource, embed},
 };
 
@@ -36,7 +36,7 @@ pub struct RunOptions {
 }
 
 /// A conversion ready to run.
-pub struct Conversion<'a> {
+pub(super) struct Conversion<'a> {
     /// The model.
     pub source: &'a ModelSource,
     /// What to do.
@@ -53,7 +53,7 @@ pub struct Conversion<'a> {
 
 /// What a finished run hands on for its manifest.
 #[derive(Debug)]
-pub struct Outcome {
+pub(super) struct Outcome {
     /// Tensors with the digests of their components.
     pub digests: Vec<(String, Vec<Digest>)>,
     /// Reports of the solved layers.
@@ -78,7 +78,8 @@ impl BackendJob for Conversion<'_> {
         for block in &self.plan.blocks[first_block..] {
             let began = Instant::now();
             self.source.prefetch(block.index + 1);
-            let mut loaded = run.times.time(Phase::Load, || LoadedBlock::load(b, self.source, block.index))?;
+            let mut loaded =
+                run.times.time(Phase::Load, || LoadedBlock::load(b, self.source, block.index))?;
             let reports = run.solve(block, &mut loaded)?;
             run.write_rest(block.index)?;
             self.source.release(block.index);
@@ -110,8 +111,10 @@ impl<'a, B: Backend> Run<'a, B> {
         let plan = job.plan;
         let source = super::source_sizes(job.source)?;
         let tokens = job.calibration.map(|set| set.digest);
-        let identity = RunIdentity::new(plan, &source, tokens, &b.describe())
-            .map_err(|source| sparsepack_formats::FormatError::Json { path: job.out.into(), source })?;
+        let identity =
+            RunIdentity::new(plan, &source, tokens, &b.describe()).map_err(|source| {
+                sparsepack_formats::FormatError::Json { path: job.out.into(), source }
+            })?;
         let interval = job.options.checkpoint_interval;
         let shards = plan.shards();
         let (journal, finished, writer) = if job.options.resume {
@@ -237,16 +240,14 @@ impl<'a, B: Backend> Run<'a, B> {
             Ok(())
         };
         let calibrated = job.plan.last_calibrated_block().is_some_and(|last| plan.index <= last);
-        match self.hidden.as_mut().filter(|_| calibrated) {
-            Some(hidden) => stages.solve_block(plan, loaded, hidden, &mut self.times, finish),
-            None => {
-                let reports = stages.solve_data_free(plan, loaded, &mut self.times)?;
-                for point in CapturePoint::ALL {
-                    finish(loaded, point, &mut self.times)?;
-                }
-                Ok(reports)
-            }
+        if let Some(hidden) = self.hidden.as_mut().filter(|_| calibrated) {
+            return stages.solve_block(plan, loaded, hidden, &mut self.times, finish);
         }
+        let reports = stages.solve_data_free(plan, loaded, &mut self.times)?;
+        for point in CapturePoint::ALL {
+            finish(loaded, point, &mut self.times)?;
+        }
+        Ok(reports)
     }
 
     /// Writes what stands before the first block.
@@ -272,8 +273,40 @@ impl<'a, B: Backend> Run<'a, B> {
             .try_for_each(|output| self.copy(output))
     }
 
-    /// Copies a tensor through in its output type, some rows at a time.
+    /// Prunes a matrix outside the blocks and writes it.
+    fn prune_table(&mut self, output: &OutputTensor, plan: &TablePlan) -> Result<()> {
+        let (b, source) = (self.b, self.job.source);
+        let values = source.read_f32(&output.name)?;
+        source.check_finite(&output.name, &values)?;
+        let layer = Layer {
+            name: plan.module.clone(),
+            weight: b.upload(&values, plan.rows, plan.cols)?,
+            sparsity: plan.sparsity,
+        };
+        drop(values);
+        let mut nothing = Statistic::new(b, StatKind::None, plan.cols, 1)?;
+        let mut spent = SolveTimes::default();
+        let solver = solver::<B>(plan.method, self.job.plan.solver_options());
+        for solved in solver.solve(b, vec![layer], &mut nothing, &mut spent)? {
+            let mut weight = b.download(&solved.weight)?;
+            let parts = encode_linear(output, plan.rows, plan.cols, &mut weight)?;
+            for (component, bytes) in parts.into_iter().enumerate() {
+                self.packer.write(&output.name, component, bytes)?;
+            }
+            self.journal.note(std::slice::from_ref(&solved.report));
+            self.reports.push(solved.report);
+        }
+        self.times.charge(Phase::Sweep, spent.sweep_secs, 0.0);
+        self.unrecorded.push(output.name.clone());
+        Ok(())
+    }
+
+    /// Writes a tensor that the block loop does not: pruned where planned, else copied through in
+    /// its output type, some rows at a time.
     fn copy(&mut self, output: &OutputTensor) -> Result<()> {
+        if let Some(plan) = self.job.plan.table(&output.name) {
+            return self.prune_table(output, plan);
+        }
         let start = Instant::now();
         let (source, packer) = (self.job.source, &mut self.packer);
         super::copy::copy_tensor(source, output, |bytes| packer.write(&output.name, 0, bytes))?;
@@ -304,7 +337,12 @@ impl<'a, B: Backend> Run<'a, B> {
         self.journal.commit(blocks_done, finished, self.hidden.as_mut())
     }
 
-    fn block_report(&self, plan: &BlockPlan, reports: &[LayerReport], began: Instant) -> BlockReport {
+    fn block_report(
+        &self,
+        plan: &BlockPlan,
+        reports: &[LayerReport],
+        began: Instant,
+    ) -> BlockReport {
         let config = self.job.source.config();
         let weights = super::budget::block_weights(self.job.source.arch(), config) as f64;
         let zeroed: u64 = reports.iter().map(|report| report.zeroed).sum();
@@ -366,7 +404,14 @@ fn encode_linear(
         Encoding::Sparse24 { .. } => {
             let (mut values, mut metadata) = (Vec::new(), Vec::new());
             let shape = encoding::MatrixShape { rows, cols };
-            encoding::sparse24::encode(&output.name, dtype, shape, &dense, &mut values, &mut metadata)?;
+            encoding::sparse24::encode(
+                &output.name,
+                dtype,
+                shape,
+                &dense,
+                &mut values,
+                &mut metadata,
+            )?;
             vec![values, metadata]
         }
         _ => vec![dense],

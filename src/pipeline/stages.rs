@@ -58,7 +58,7 @@ impl<B: Backend> StageContext<'_, B> {
     ///
     /// # Errors
     /// As the solver.
-    pub fn solve_data_free(
+    pub(super) fn solve_data_free(
         &self,
         plan: &BlockPlan,
         loaded: &mut LoadedBlock<B>,
@@ -78,7 +78,7 @@ impl<B: Backend> StageContext<'_, B> {
     ///
     /// # Errors
     /// As the solver, `finish`, or the store of activations.
-    pub fn solve_block(
+    pub(super) fn solve_block(
         &self,
         plan: &BlockPlan,
         loaded: &mut LoadedBlock<B>,
@@ -93,7 +93,7 @@ impl<B: Backend> StageContext<'_, B> {
             }
             _ => None,
         };
-        let mut captured = captured.map(|statistics| statistics.into_iter());
+        let mut captured = captured.map(Vec::into_iter);
         // Where the activations in `hidden` stand: at this point, with its linears not applied.
         let mut at = None;
         for point in CapturePoint::ALL {
@@ -244,7 +244,8 @@ impl<B: Backend> StageContext<'_, B> {
                 })
                 .collect::<Result<Vec<_>>>()?;
             let mut spent = SolveTimes::default();
-            let solved = solver::<B>(method, self.options).solve(b, layers, statistic, &mut spent)?;
+            let solved =
+                solver::<B>(method, self.options).solve(b, layers, statistic, &mut spent)?;
             for (layer, solved) in planned.iter().zip(solved) {
                 let linear = loaded.linears.iter_mut().find(|linear| linear.role == layer.role);
                 if let Some(linear) = linear {
@@ -256,7 +257,11 @@ impl<B: Backend> StageContext<'_, B> {
             let hessian = method.needs() == StatKind::Hessian;
             let sweep: f64 =
                 planned.iter().map(|layer| sweep_flops(layer.rows as f64, layer.cols as f64)).sum();
-            times.charge(Phase::Factor, spent.factor_secs, if hessian { factor_flops(features) } else { 0.0 });
+            times.charge(
+                Phase::Factor,
+                spent.factor_secs,
+                if hessian { factor_flops(features) } else { 0.0 },
+            );
             times.charge(Phase::Sweep, spent.sweep_secs, if hessian { sweep } else { 0.0 });
             // Two quadratic forms of a triangle each.
             times.charge(Phase::Error, spent.error_secs, if hessian { 2.0 * sweep } else { 0.0 });
@@ -284,7 +289,14 @@ impl<B: Backend> StageContext<'_, B> {
                 let attention = match point {
                     CapturePoint::AttnIn => lens
                         .ranges()
-                        .map(|range| block_forward_flops(self.config, 0, range.len() as f64, range.len() as f64))
+                        .map(|range| {
+                            block_forward_flops(
+                                self.config,
+                                0,
+                                range.len() as f64,
+                                range.len() as f64,
+                            )
+                        })
                         .sum(),
                     _ => 0.0,
                 };
@@ -303,8 +315,7 @@ fn find<'a>(
 }
 
 fn check_finite<B: Backend>(block: usize, statistic: &Statistic<B>) -> Result<()> {
-    let (bad, all) =
-        (statistic.non_finite_tokens, statistic.tokens + statistic.non_finite_tokens);
+    let (bad, all) = (statistic.non_finite_tokens, statistic.tokens + statistic.non_finite_tokens);
     if bad * MAX_NON_FINITE > all {
         return Err(PipelineError::NonFiniteActivations { block, bad, all });
     }

@@ -49,7 +49,8 @@ pub fn unpack(packed: &Path, out: &Path) -> Result<u64> {
         .map(|component| component.bytes)
         .sum();
     output::prepare(out, packed, false, bytes)?;
-    let done = write_all(reader.as_ref(), out, layout).and_then(|()| copy_sidecars(reader.as_ref(), out));
+    let done =
+        write_all(reader.as_ref(), out, layout).and_then(|()| copy_sidecars(reader.as_ref(), out));
     if let Err(error) = done {
         output::discard(out);
         return Err(error);
@@ -83,9 +84,7 @@ fn copy_sidecars(reader: &dyn CheckpointReader, out: &Path) -> Result<()> {
     let ModelMetadata::HuggingFace { config, directory } = reader.metadata() else {
         return Ok(());
     };
-    let io = |action| {
-        move |source| PipelineError::Io { path: directory.clone(), action, source }
-    };
+    let io = |action| move |source| PipelineError::Io { path: directory.clone(), action, source };
     for entry in std::fs::read_dir(directory).map_err(io("list"))? {
         let path = entry.map_err(io("list"))?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();

@@ -121,7 +121,8 @@ fn check_tensor(
     }
     if let Sparsity::NofM { n, m } = pruned.sparsity {
         let cols = MatrixShape::of(&record.shape).cols;
-        let full = values.chunks(m).position(|group| group.iter().filter(|v| **v != 0.0).count() > n);
+        let full =
+            values.chunks(m).position(|group| group.iter().filter(|v| **v != 0.0).count() > n);
         if let Some(group) = full {
             let index = group * m;
             return Err(format!(

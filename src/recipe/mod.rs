@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-pub use selector::{ParseSelectorError, Selector, parse_range};
+pub use selector::{BlockRange, ParseSelectorError, Selector};
 
 use crate::compress::{Method, Sparsity};
 
@@ -43,6 +43,9 @@ pub struct PruneRecipe {
     /// Which of them stay dense.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ignore: Vec<Selector>,
+    /// Only these decoder blocks, for trials; all by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blocks: Option<BlockRange>,
     /// Order of capture and solving inside a block.
     #[serde(default)]
     pub sequential: Sequential,
@@ -62,6 +65,7 @@ impl PruneRecipe {
             sparsity,
             targets: Selector::all_linears(),
             ignore: Vec::new(),
+            blocks: None,
             sequential: Sequential::default(),
             damp: default_damp(),
             column_block: default_column_block(),
@@ -285,6 +289,8 @@ mod tests {
         let error = |text| parse(text).unwrap_err().to_string();
         assert!(error("[prune]\nmethod = 'x'\nsparsity = '2:4'").contains("unknown variant `x`"));
         assert!(error("[calibration]\nsample = 3").contains("unknown field `sample`"));
-        assert!(error("[prune]\nmethod = 'wanda'\nsparsity = '5:4'").contains("less than the group"));
+        assert!(
+            error("[prune]\nmethod = 'wanda'\nsparsity = '5:4'").contains("less than the group")
+        );
     }
 }

@@ -12,7 +12,7 @@ pub enum Selector {
     /// `re:…`: a regular expression over the whole module name.
     Pattern(Regex),
     /// `blocks:0..8`: the linears of these decoder blocks.
-    Blocks(Range<usize>),
+    Blocks(BlockRange),
     /// A role (`down_proj`) or a whole module name (`model.layers.0.mlp.down_proj`).
     Name(String),
 }
@@ -23,12 +23,18 @@ impl Selector {
         vec![Self::AllLinears]
     }
 
+    /// Whether the matrix called `module` outside the decoder blocks (`lm_head`, the embeddings)
+    /// is meant. It must be named: no general selector reaches it.
+    pub fn names_table(&self, module: &str) -> bool {
+        matches!(self, Self::Name(name) if name == module)
+    }
+
     /// Whether the linear called `module`, with this role, of this decoder block is meant.
     pub fn matches(&self, module: &str, role: &str, block: usize) -> bool {
         match self {
             Self::AllLinears => true,
             Self::Pattern(regex) => regex.is_match(module),
-            Self::Blocks(range) => range.contains(&block),
+            Self::Blocks(BlockRange(range)) => range.contains(&block),
             Self::Name(name) => name == role || name == module,
         }
     }
@@ -56,7 +62,7 @@ impl FromStr for Selector {
             return Ok(Self::Pattern(regex));
         }
         if let Some(range) = text.strip_prefix("blocks:") {
-            return parse_range(range).map(Self::Blocks).map_err(fail);
+            return range.parse().map(Self::Blocks);
         }
         if text.is_empty() {
             return Err(fail("it is empty".to_owned()));
@@ -65,20 +71,32 @@ impl FromStr for Selector {
     }
 }
 
-/// Parses `3` or `0..8` (end excluded).
-///
-/// # Errors
-/// What is wrong, in words.
-pub fn parse_range(text: &str) -> Result<Range<usize>, String> {
-    let number = |part: &str| part.trim().parse::<usize>();
-    let range = match text.split_once("..") {
-        None => number(text).map(|block| block..block + 1),
-        Some((start, end)) => number(start).and_then(|start| Ok(start..number(end)?)),
-    };
-    match range {
-        Ok(range) if range.start < range.end => Ok(range),
-        Ok(_) => Err("the range is empty (the end is excluded)".to_owned()),
-        Err(_) => Err("write a block number like 3 or a range like 0..8".to_owned()),
+/// Consecutive decoder blocks: `3`, or `0..8` with the end excluded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BlockRange(pub Range<usize>);
+
+impl FromStr for BlockRange {
+    type Err = ParseSelectorError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let fail =
+            |reason: &str| ParseSelectorError { text: text.to_owned(), reason: reason.to_owned() };
+        let number = |part: &str| part.trim().parse::<usize>();
+        let range = match text.split_once("..") {
+            None => number(text).map(|block| block..block + 1),
+            Some((start, end)) => number(start).and_then(|start| Ok(start..number(end)?)),
+        };
+        match range {
+            Ok(range) if range.start < range.end => Ok(Self(range)),
+            Ok(_) => Err(fail("the range is empty (the end is excluded)")),
+            Err(_) => Err(fail("write a block number like 3 or a range like 0..8")),
+        }
+    }
+}
+
+impl fmt::Display for BlockRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}..{}", self.0.start, self.0.end)
     }
 }
 
@@ -91,7 +109,7 @@ impl fmt::Display for Selector {
                 let inner = text.strip_prefix("^(?:").and_then(|text| text.strip_suffix(")$"));
                 write!(f, "re:{}", inner.unwrap_or(text))
             }
-            Self::Blocks(range) => write!(f, "blocks:{}..{}", range.start, range.end),
+            Self::Blocks(range) => write!(f, "blocks:{range}"),
             Self::Name(name) => f.write_str(name),
         }
     }
@@ -103,30 +121,40 @@ impl PartialEq for Selector {
     }
 }
 
-impl serde::Serialize for Selector {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
+/// Serde and JSON schema of types that are written as their text.
+macro_rules! as_text {
+    ($type:ident, $description:literal) => {
+        impl serde::Serialize for $type {
+            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_str(self)
+            }
+        }
+
+        impl<'de> serde::Deserialize<'de> for $type {
+            fn deserialize<D: serde::Deserializer<'de>>(
+                deserializer: D,
+            ) -> Result<Self, D::Error> {
+                String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+            }
+        }
+
+        impl schemars::JsonSchema for $type {
+            fn schema_name() -> std::borrow::Cow<'static, str> {
+                stringify!($type).into()
+            }
+
+            fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+                schemars::json_schema!({ "type": "string", "description": $description })
+            }
+        }
+    };
 }
 
-impl<'de> serde::Deserialize<'de> for Selector {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
-    }
-}
-
-impl schemars::JsonSchema for Selector {
-    fn schema_name() -> std::borrow::Cow<'static, str> {
-        "Selector".into()
-    }
-
-    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
-        schemars::json_schema!({
-            "type": "string",
-            "description": "Linear, a role (down_proj), a module name, re:PATTERN, or blocks:0..8"
-        })
-    }
-}
+as_text!(
+    Selector,
+    "Linear, a role (down_proj), a module name, lm_head, re:PATTERN, or blocks:0..8"
+);
+as_text!(BlockRange, "decoder blocks, 3 or 0..8 with the end excluded");
 
 #[cfg(test)]
 mod tests {
