@@ -35,7 +35,7 @@ pub trait Storage: Sized + Send + Sync {
     /// [`BlockOps::linear`](super::BlockOps::linear).
     type Weight: Debug + Send + Sync;
 
-    /// Device and arithmetic in words, for logs and manifests.
+    /// Device and arithmetic in words, for manifests: equal words mean equal bytes.
     fn describe(&self) -> String;
 
     /// Copies `rows × cols` values to the device.

@@ -24,6 +24,9 @@ use crate::{
     model::{BlockGeometry, CapturePoint, ModelSource, embed},
 };
 
+/// Work from which on a run spends a third of a second to measure what its rates are compared with.
+const CEILING_WORTH_FLOPS: f64 = 1e12;
+
 /// How a conversion runs; nothing here changes a byte of the output.
 #[derive(Debug, Clone, Copy)]
 pub struct RunOptions {
@@ -144,7 +147,7 @@ impl<'a, B: Backend> Run<'a, B> {
         };
         let units = run.units();
         job.progress.start(units);
-        if plan.needs() > StatKind::None {
+        if plan.flops > CEILING_WORTH_FLOPS {
             run.gemm_ceiling = Some(b.measure_gemm_ceiling()?);
         }
         if finished.blocks_done == 0 && finished.tensors.is_empty() {

@@ -278,7 +278,7 @@ mod tests {
         )
         .unwrap();
         let prune = recipe.prune.as_ref().unwrap();
-        assert_eq!(prune.damp, 0.01);
+        assert!((prune.damp - 0.01).abs() < f64::EPSILON);
         assert_eq!(prune.targets, Selector::all_linears());
         let json = serde_json::to_string(&recipe).unwrap();
         assert_eq!(serde_json::from_str::<Recipe>(&json).unwrap(), recipe);

@@ -155,9 +155,7 @@ impl Storage for Cpu {
     type Weight = CpuWeight;
 
     fn describe(&self) -> String {
-        let threads = self.pool.current_num_threads();
-        let plural = if threads == 1 { "" } else { "s" };
-        format!("CPU, {threads} thread{plural}, {}", self.products)
+        format!("CPU, {}", self.products)
     }
 
     fn upload(&self, data: &[f32], rows: usize, cols: usize) -> Result<CpuMatrix> {
