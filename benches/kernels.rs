@@ -18,7 +18,7 @@ fn main() -> Result<(), BackendError> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     for threads in if cores > 1 { vec![1, cores] } else { vec![1] } {
         for cpu in Cpu::every_arithmetic(Some(threads))? {
-            println!("{}", cpu.describe());
+            println!("{}, {threads} threads", cpu.describe());
             cpu.scope(|| table(&cpu))?;
         }
     }

@@ -269,12 +269,14 @@ fn naive_attention(qkv: &[f32], shape: &AttentionShape, lens: &SequenceLens) -> 
     expected
 }
 
+/// An activation as a formula in f64.
+type Formula = fn(f64) -> f64;
+
 fn activations_match_their_formulas<B: Backend>(t: &Instance<B>) {
     let (rows, features) = (37, 21);
     let values: Vec<f32> =
         random(&mut rng(5), rows * 2 * features).iter().map(|x| 6.0 * x).collect();
     let stacked = t.upload(&values, rows, 2 * features);
-    type Formula = fn(f64) -> f64;
     let cases: [(Activation, Formula); 4] = [
         (Activation::Silu, |x| x / (1.0 + (-x).exp())),
         (Activation::Relu, |x| x.max(0.0)),
