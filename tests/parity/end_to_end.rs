@@ -98,14 +98,14 @@ fn convert_fixture(recipe: &Recipe, device: DeviceOptions, out: &Path) {
         let tokenizer = Tokenizer::open(&source).unwrap();
         CalibrationSet::load(text, &tokenizer, source.config(), sampling).unwrap()
     });
-    let plan = ConversionPlan::new(&source, recipe, None).unwrap();
+    let plan = ConversionPlan::new(&source, recipe).unwrap();
     let options = RunOptions {
         resume: false,
         checkpoint_interval: Duration::from_hours(1),
         memory_bytes: None,
     };
     let calibration = calibration.as_ref();
-    convert(&source, &plan, calibration, out, None, device, options, &NoProgress).unwrap();
+    convert(&source, &plan, calibration, out, device, options, &NoProgress).unwrap();
 }
 
 fn perplexity(model: &Path, device: DeviceOptions) -> f64 {
