@@ -45,7 +45,7 @@ pub enum PipelineError {
         source: std::io::Error,
     },
     /// The output directory holds something else.
-    #[error("{path}: the output directory exists and {found}; choose another directory{hint}")]
+    #[error("{path}: the output {found}; choose another directory{hint}")]
     OutputExists {
         /// The directory.
         path: PathBuf,

@@ -35,7 +35,7 @@ pub(super) fn prepare(out: &Path, source: &Path, resume: bool, bytes: u64) -> Re
         |found, hint| Err(PipelineError::OutputExists { path: out.to_owned(), found, hint });
     if out.exists() {
         if !out.is_dir() {
-            return exists("is not a directory", "");
+            return exists("exists and is not a directory", "");
         }
         let interrupted = out.join(WORK_DIR).is_dir();
         let empty = std::fs::read_dir(out).map_err(io("list"))?.next().is_none();
@@ -50,9 +50,7 @@ pub(super) fn prepare(out: &Path, source: &Path, resume: bool, bytes: u64) -> Re
             (false, _, false) if out.join(MANIFEST).is_file() => {
                 return exists("holds a finished conversion", ", or remove it");
             }
-            (false, _, false) => {
-                return exists("is not empty and was not written by sparsepack", "");
-            }
+            (false, _, false) => return exists("exists and was not written by sparsepack", ""),
             (false, true, true) => {
                 return Err(PipelineError::Resume {
                     path: out.to_owned(),

@@ -16,7 +16,9 @@ use crate::{
     calibration::StatKind,
     compress::{Method, SolveError, SolverOptions, Sparsity},
     model::{CapturePoint, ModelSource, ModelTensor, Role, TensorKind},
-    recipe::{BlockRange, OutputFormat, PruneRecipe, Recipe, RecipeError, Selector, Sequential},
+    recipe::{
+        BlockRange, OutputFormat, PruneRecipe, Recipe, RecipeError, Rule, Selector, Sequential,
+    },
 };
 
 /// A shard is closed before it would grow beyond this; a block is never split.
@@ -252,6 +254,7 @@ fn plan_layers(source: &ModelSource, recipe: &Recipe) -> Result<(Vec<BlockPlan>,
         return Ok(((0..count).map(dense).collect(), Vec::new()));
     };
     check_options(prune)?;
+    check_rules(recipe)?;
     let only = prune.blocks.as_ref().map(|BlockRange(range)| range);
     if let Some(range) = only.filter(|range| range.end > count) {
         return Err(contradiction(format!(
@@ -340,6 +343,16 @@ fn check_options(prune: &PruneRecipe) -> Result<()> {
         return Err(contradiction("column_block is 0 (expected at least 1)".into()));
     }
     Ok(())
+}
+
+fn check_rules(recipe: &Recipe) -> Result<()> {
+    let both = |rule: &&Rule| rule.dense && (rule.method.is_some() || rule.sparsity.is_some());
+    let Some(rule) = recipe.rules.iter().find(both) else { return Ok(()) };
+    let targets: Vec<String> = rule.targets.iter().map(|target| format!("`{target}`")).collect();
+    Err(contradiction(format!(
+        "[[rule]] for {} leaves layers dense and prunes them (give dense, or method and sparsity)",
+        targets.join(", ")
+    )))
 }
 
 /// Which selectors have matched something so far.
