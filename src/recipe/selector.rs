@@ -40,11 +40,12 @@ impl Selector {
     }
 }
 
-/// A selector that does not parse.
+/// A selector or a range of blocks that does not parse.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{text}` is not a selector: {reason}")]
+#[error("`{text}` is not a {kind}: {reason}")]
 pub struct ParseSelectorError {
     text: String,
+    kind: &'static str,
     reason: String,
 }
 
@@ -52,7 +53,7 @@ impl FromStr for Selector {
     type Err = ParseSelectorError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let fail = |reason: String| ParseSelectorError { text: text.to_owned(), reason };
+        let fail = |reason| ParseSelectorError { text: text.to_owned(), kind: "selector", reason };
         if text == "Linear" {
             return Ok(Self::AllLinears);
         }
@@ -62,7 +63,8 @@ impl FromStr for Selector {
             return Ok(Self::Pattern(regex));
         }
         if let Some(range) = text.strip_prefix("blocks:") {
-            return range.parse().map(Self::Blocks);
+            let range: Result<BlockRange, ParseSelectorError> = range.parse();
+            return range.map(Self::Blocks).map_err(|error| fail(error.reason));
         }
         if text.is_empty() {
             return Err(fail("it is empty".to_owned()));
@@ -79,8 +81,11 @@ impl FromStr for BlockRange {
     type Err = ParseSelectorError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let fail =
-            |reason: &str| ParseSelectorError { text: text.to_owned(), reason: reason.to_owned() };
+        let fail = |reason: &str| ParseSelectorError {
+            text: text.to_owned(),
+            kind: "range of blocks",
+            reason: reason.to_owned(),
+        };
         let number = |part: &str| part.trim().parse::<usize>();
         let range = match text.split_once("..") {
             None => number(text).map(|block| block..block + 1),
