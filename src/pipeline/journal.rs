@@ -7,13 +7,13 @@
 
 use std::{
     fs::File,
-    io::Write,
+    io::{Read, Write},
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
 use serde::{Deserialize, Serialize};
-use sparsepack_formats::{Digest, OutputFile};
+use sparsepack_formats::{Digest, HashingWriter, OutputFile};
 
 use super::{
     error::{PipelineError, Result},
@@ -28,6 +28,9 @@ use crate::{
 /// Name of the work directory inside the output.
 pub(super) const WORK_DIR: &str = ".work";
 
+/// Saved activations take turns under these names.
+const HIDDEN_NAMES: [&str; 2] = ["hidden-0.f32", "hidden-1.f32"];
+
 /// What must be the same for a run to go on: everything that decides bytes. Threads, memory,
 /// checkpoint interval and logging may change.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,8 +39,8 @@ pub(super) struct RunIdentity {
     pub sparsepack: String,
     /// Digest of the plan: recipe with all defaults, blocks, outputs.
     pub plan: Digest,
-    /// Names and sizes of the source files.
-    pub source: Vec<(String, u64)>,
+    /// The source files.
+    pub source: Vec<SourceProbe>,
     /// Digest of the calibration tokens.
     pub calibration: Option<Digest>,
     /// Device and arithmetic.
@@ -51,7 +54,7 @@ impl RunIdentity {
     /// Serialisation failed: a defect.
     pub(super) fn new(
         plan: &ConversionPlan,
-        source: &[SourceSize],
+        source: Vec<SourceProbe>,
         calibration: Option<Digest>,
         device: &str,
     ) -> serde_json::Result<Self> {
@@ -62,7 +65,7 @@ impl RunIdentity {
         Ok(Self {
             sparsepack: env!("CARGO_PKG_VERSION").to_owned(),
             plan: Digest::of(&decided),
-            source: source.iter().map(|file| (file.file.clone(), file.bytes)).collect(),
+            source,
             calibration,
             device: device.to_owned(),
         })
@@ -91,13 +94,15 @@ impl RunIdentity {
     }
 }
 
-/// Name and size of a source file.
-#[derive(Debug, Clone)]
-pub(super) struct SourceSize {
+/// A source file at a glance.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct SourceProbe {
     /// Name without directories.
     pub file: String,
     /// Size.
     pub bytes: u64,
+    /// Digest of pages spread over the file: tells checkpoints apart, not single bytes.
+    pub pages: Digest,
 }
 
 /// One line of the journal.
@@ -143,7 +148,8 @@ pub(super) struct Journal {
     last: Instant,
     pending: Vec<(String, Vec<Digest>)>,
     pending_reports: Vec<LayerReport>,
-    generation: usize,
+    /// The activations that the last line names, which must survive until the next line.
+    last_hidden: Option<String>,
 }
 
 impl Journal {
@@ -176,19 +182,23 @@ impl Journal {
         if let Some(difference) = identity.differs(&before) {
             return Err(refuse(difference));
         }
-        let text = std::fs::read_to_string(dir.join("journal.jsonl"))
-            .map_err(io(&dir, "read the journal"))?;
+        let path = dir.join("journal.jsonl");
+        let text = std::fs::read(&path).map_err(io(&path, "read the journal"))?;
         let mut finished = Finished::default();
-        for line in text.lines() {
+        let mut promised = 0;
+        for line in text.split_inclusive(|&byte| byte == b'\n').filter(|line| line.ends_with(b"\n"))
+        {
             // A torn last line is what a crash leaves; nothing after it was promised.
-            let Ok(checkpoint) = serde_json::from_str::<Checkpoint>(line) else { break };
+            let Ok(checkpoint) = serde_json::from_slice::<Checkpoint>(line) else { break };
+            promised += line.len() as u64;
             finished.blocks_done = checkpoint.blocks_done;
             finished.tensors.extend(checkpoint.tensors);
             finished.reports.extend(checkpoint.reports);
             finished.hidden = checkpoint.hidden;
         }
         let mut journal = Self::open(dir, interval, false)?;
-        journal.generation = finished.blocks_done + 1;
+        journal.file.set_len(promised).map_err(io(&path, "drop the torn end of the journal"))?;
+        journal.last_hidden = finished.hidden.as_ref().map(|hidden| hidden.file.clone());
         Ok((journal, finished))
     }
 
@@ -209,7 +219,7 @@ impl Journal {
             last: Instant::now(),
             pending: Vec::new(),
             pending_reports: Vec::new(),
-            generation: 0,
+            last_hidden: None,
         })
     }
 
@@ -256,18 +266,26 @@ impl Journal {
 
     /// Residual streams as little-endian f32, batch after batch.
     fn save_hidden(&mut self, hidden: &mut HiddenStates) -> Result<HiddenFile> {
-        let name = format!("hidden-{}.f32", self.generation % 2);
-        self.generation += 1;
-        let mut bytes = Vec::new();
+        let kept = self.last_hidden.as_deref();
+        let [first, second] = HIDDEN_NAMES;
+        let name = if kept == Some(first) { second } else { first };
+        let path = self.dir.join(name);
+        let part = self.dir.join(format!("{name}.part"));
+        let file = File::create(&part).map_err(io(&part, "create"))?;
+        let mut file = HashingWriter::new(file);
         for batch in 0..hidden.batches() {
             let kept = hidden.take(batch)?;
             if let HostData::F32(values) = &kept.residual.data {
-                bytes.extend_from_slice(bytemuck::cast_slice(values));
+                file.write_all(bytemuck::cast_slice(values))
+                    .map_err(io(&part, "save the activations"))?;
             }
             hidden.put(batch, kept)?;
         }
-        OutputFile::write_whole(&self.dir.join(&name), &bytes)?;
-        Ok(HiddenFile { file: name, sha256: Digest::of(&bytes) })
+        let (file, sha256) = file.finish();
+        file.sync_data().map_err(io(&part, "sync the activations"))?;
+        std::fs::rename(&part, &path).map_err(io(&path, "rename the activations"))?;
+        self.last_hidden = Some(name.to_owned());
+        Ok(HiddenFile { file: name.to_owned(), sha256 })
     }
 
     /// Fills `hidden` with the activations of the last checkpoint.
@@ -284,19 +302,19 @@ impl Journal {
         let Some(saved) = &finished.hidden else {
             return Err(refuse("the journal has no activations for the next block".to_owned()));
         };
-        let bytes = std::fs::read(self.dir.join(&saved.file))
-            .map_err(io(&self.dir, "read the saved activations"))?;
-        if Digest::of(&bytes) != saved.sha256 {
+        let path = self.dir.join(&saved.file);
+        if !path.is_file() {
+            return Err(refuse(format!("{} is missing", saved.file)));
+        }
+        if Digest::of_file(&path)? != saved.sha256 {
             return Err(refuse(format!("{} does not have the journal's digest", saved.file)));
         }
-        let mut rest = bytes.as_slice();
+        let mut file = File::open(&path).map_err(io(&path, "open the saved activations"))?;
         for batch in 0..hidden.batches() {
             let tokens = hidden.lens(batch).tokens();
-            let Some((head, tail)) = rest.split_at_checked(tokens * features * 4) else {
-                return Err(refuse(format!("{} is too short", saved.file)));
-            };
-            rest = tail;
-            let values = bytemuck::allocation::pod_collect_to_vec(head);
+            let mut values = vec![0.0f32; tokens * features];
+            file.read_exact(bytemuck::cast_slice_mut(&mut values))
+                .map_err(io(&path, "read the saved activations"))?;
             let residual = HostMatrix { rows: tokens, cols: features, data: HostData::F32(values) };
             hidden.put(batch, HostActivations { residual, input: None })?;
         }

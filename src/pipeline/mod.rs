@@ -31,13 +31,12 @@ pub use run::RunOptions;
 pub use unpack::unpack;
 pub use verify::{Finding, VerifyOptions, VerifyReport, verify};
 
-use output::source_sizes;
 use run::{Conversion, Outcome};
 
 use crate::{
     backend::{DeviceOptions, dispatch},
     calibration::CalibrationSet,
-    model::ModelSource,
+    model::{ModelSource, sidecars},
 };
 
 /// A finished conversion.
@@ -71,6 +70,8 @@ pub fn convert(
     progress: &dyn Progress,
 ) -> Result<Converted> {
     let start = std::time::Instant::now();
+    // First of all, so that a tokenizer that cannot be written fails now and not at the end.
+    let sidecars = sidecars(source)?;
     output::prepare(out, source.path(), options.resume, plan.output_bytes)?;
     let job = Conversion { source, plan, calibration, out, options, progress };
     // Source digests need the whole input read once; that runs beside the conversion.
@@ -80,8 +81,8 @@ pub fn convert(
         let digests = digests.join().map_err(|_| PipelineError::Thread { name: "digest" });
         (outcome, digests.and_then(|done| done))
     });
-    let finished =
-        outcome.and_then(|outcome| output::complete(source, plan, out, digests?, outcome));
+    let finished = outcome
+        .and_then(|outcome| output::complete(source, plan, out, digests?, &sidecars, outcome));
     match finished {
         Ok((manifest, outcome)) => {
             let Outcome { times, gemm_ceiling, journal, .. } = outcome;
@@ -91,7 +92,7 @@ pub fn convert(
         }
         Err(error) => {
             if !journal::has_checkpoint(out) {
-                output::discard(out);
+                output::discard(out, |name| sidecars.iter().any(|sidecar| sidecar.name == name));
             }
             Err(error)
         }

@@ -1,19 +1,23 @@
 //! The output directory: made or refused before work starts, completed after the last tensor.
 
-use std::path::Path;
+use std::{
+    fs::File,
+    io::{Read, Seek, SeekFrom},
+    path::{Path, PathBuf},
+};
 
 use sparsepack_formats::{DType, Digest, ModelMetadata, OutputFile};
 
 use super::{
     error::{PipelineError, Result},
-    journal::{SourceSize, WORK_DIR},
+    journal::{SourceProbe, WORK_DIR},
     manifest::{
         ComponentRecord, MANIFEST, Manifest, PrunedRecord, SourceFile, TensorRecord, Totals,
     },
     plan::{ConversionPlan, OutputTensor},
     run::Outcome,
 };
-use crate::model::{ModelSource, SidecarContent, sidecars};
+use crate::model::{ModelSource, Sidecar, SidecarContent};
 
 /// Room left free beside the planned bytes, for headers and sidecars.
 const DISK_SLACK_BYTES: u64 = 16 << 20;
@@ -64,11 +68,15 @@ pub(super) fn prepare(out: &Path, source: &Path, resume: bool, bytes: u64) -> Re
             why: "it does not exist".to_owned(),
         });
     }
+    let existed = out.exists();
     std::fs::create_dir_all(out).map_err(io("create the output directory"))?;
     if !resume {
         let needed = bytes + DISK_SLACK_BYTES;
         let free = free_bytes(out).map_err(io("read the free space of"))?;
         if free < needed {
+            if !existed {
+                let _ = std::fs::remove_dir(out);
+            }
             return Err(PipelineError::DiskFull { path: out.to_owned(), needed, free });
         }
     }
@@ -81,19 +89,33 @@ fn free_bytes(path: &Path) -> std::io::Result<u64> {
     Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
-/// Removes what a failed conversion that is not to be resumed left: parts, journal and, when then
-/// empty, the directory itself.
-pub(super) fn discard(out: &Path) {
+/// Removes what a failed conversion that is not to be resumed left: everything that a conversion
+/// writes, files that `copied` tells by their name and, when then empty, the directory itself.
+pub(super) fn discard(out: &Path, copied: impl Fn(&str) -> bool) {
     let _ = std::fs::remove_dir_all(out.join(WORK_DIR));
-    if let Ok(entries) = std::fs::read_dir(out) {
-        for entry in entries.flatten() {
-            if entry.path().extension().is_some_and(|extension| extension == "part") {
-                let _ = std::fs::remove_file(entry.path());
-            }
+    remove_parts(out);
+    for path in entries(out) {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if name.starts_with("model") || name == "config.json" || name == MANIFEST || copied(&name) {
+            let _ = std::fs::remove_file(&path);
         }
     }
     // Fails, as it should, when anything else is in it.
     let _ = std::fs::remove_dir(out);
+}
+
+/// Removes unfinished files.
+pub(super) fn remove_parts(out: &Path) {
+    for path in entries(out) {
+        if path.extension().is_some_and(|extension| extension == "part") {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+fn entries(dir: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten();
+    entries.flatten().map(|entry| entry.path()).collect()
 }
 
 /// Writes tokenizer, generation config and config.json beside the tensors, then the manifest, and
@@ -106,15 +128,18 @@ pub(super) fn complete(
     plan: &ConversionPlan,
     out: &Path,
     source_files: Vec<SourceFile>,
+    sidecars: &[Sidecar],
     outcome: Outcome,
 ) -> Result<(Manifest, Outcome)> {
-    for sidecar in sidecars(source)? {
-        let bytes = match sidecar.content {
-            SidecarContent::Bytes(bytes) => bytes,
-            SidecarContent::Copy(path) => std::fs::read(&path)
-                .map_err(|source| PipelineError::Io { path, action: "read", source })?,
-        };
-        OutputFile::write_whole(&out.join(sidecar.name), &bytes)?;
+    for sidecar in sidecars {
+        let path = out.join(&sidecar.name);
+        match &sidecar.content {
+            SidecarContent::Bytes(bytes) => OutputFile::write_whole(&path, bytes)?,
+            SidecarContent::Copy(from) => {
+                let io = |source| PipelineError::Io { path: from.clone(), action: "read", source };
+                OutputFile::write_whole(&path, &std::fs::read(from).map_err(io)?)?;
+            }
+        }
     }
     let manifest = Manifest {
         sparsepack: env!("CARGO_PKG_VERSION").to_owned(),
@@ -218,23 +243,36 @@ fn component_records(output: &OutputTensor, digests: &[Digest]) -> Result<Vec<Co
         .collect())
 }
 
-/// Name and size of every file of a source.
+/// Pages that a probe of a file reads at most, and their size.
+const PROBE_PAGES: u64 = 64;
+const PAGE_BYTES: u64 = 4096;
+
+/// Looks at every file of a source, cheaply however large it is.
 ///
 /// # Errors
-/// A file that cannot be examined.
-pub(super) fn source_sizes(source: &ModelSource) -> Result<Vec<SourceSize>> {
-    source
-        .reader()
-        .files()
-        .into_iter()
+/// A file that cannot be read.
+pub(super) fn probe_source(source: &ModelSource) -> Result<Vec<SourceProbe>> {
+    let files = source.reader().files().into_iter();
+    files
         .map(|path| {
             let io =
                 |source| PipelineError::Io { path: path.to_owned(), action: "examine", source };
-            let bytes = std::fs::metadata(path).map_err(io)?.len();
-            let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            Ok(SourceSize { file, bytes })
+            probe(path).map_err(io)
         })
         .collect()
+}
+
+fn probe(path: &Path) -> std::io::Result<SourceProbe> {
+    let mut file = File::open(path)?;
+    let bytes = file.metadata()?.len();
+    let stride = (bytes / PROBE_PAGES).max(PAGE_BYTES);
+    let mut pages = Vec::new();
+    for page in 0..PROBE_PAGES.min(bytes.div_ceil(PAGE_BYTES)) {
+        file.seek(SeekFrom::Start(page * stride))?;
+        (&mut file).take(PAGE_BYTES).read_to_end(&mut pages)?;
+    }
+    let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    Ok(SourceProbe { file, bytes, pages: Digest::of(&pages) })
 }
 
 /// Name, size and digest of every file of a source.
@@ -242,12 +280,14 @@ pub(super) fn source_sizes(source: &ModelSource) -> Result<Vec<SourceSize>> {
 /// # Errors
 /// A file that cannot be read.
 pub(super) fn source_digests(source: &ModelSource) -> Result<Vec<SourceFile>> {
-    let files = source.reader().files();
+    let files = source.reader().files().into_iter();
     files
-        .into_iter()
-        .zip(source_sizes(source)?)
-        .map(|(path, size)| {
-            Ok(SourceFile { file: size.file, bytes: size.bytes, sha256: Digest::of_file(path)? })
+        .map(|path| {
+            let io =
+                |source| PipelineError::Io { path: path.to_owned(), action: "examine", source };
+            let bytes = std::fs::metadata(path).map_err(io)?.len();
+            let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            Ok(SourceFile { file, bytes, sha256: Digest::of_file(path)? })
         })
         .collect()
 }

@@ -112,20 +112,25 @@ impl<'a, B: Backend> Run<'a, B> {
     /// Opens journal and writer, brings back what an interrupted run had, or starts afresh.
     fn start(b: &'a B, job: &'a Conversion<'a>) -> Result<(Self, usize)> {
         let plan = job.plan;
-        let source = super::source_sizes(job.source)?;
+        let source = super::output::probe_source(job.source)?;
         let tokens = job.calibration.map(|set| set.digest);
-        let identity =
-            RunIdentity::new(plan, &source, tokens, &b.describe()).map_err(|source| {
-                sparsepack_formats::FormatError::Json { path: job.out.into(), source }
-            })?;
+        let identity = RunIdentity::new(plan, source, tokens, &b.describe()).map_err(|source| {
+            sparsepack_formats::FormatError::Json { path: job.out.into(), source }
+        })?;
         let interval = job.options.checkpoint_interval;
         let shards = plan.shards();
         let (journal, finished, writer) = if job.options.resume {
             let (journal, finished) = Journal::resume(job.out, &identity, interval)?;
-            let mut writer = SafetensorsWriter::resume(job.out, &shards)?;
-            for (name, digests) in &finished.tensors {
-                writer.adopt(name, digests)?;
-            }
+            let writer = if finished.tensors.is_empty() {
+                super::output::remove_parts(job.out);
+                SafetensorsWriter::create(job.out, &shards)?
+            } else {
+                let mut writer = SafetensorsWriter::resume(job.out, &shards)?;
+                for (name, digests) in &finished.tensors {
+                    writer.adopt(name, digests)?;
+                }
+                writer
+            };
             (journal, finished, writer)
         } else {
             let journal = Journal::create(job.out, &identity, interval)?;

@@ -52,7 +52,7 @@ pub fn unpack(packed: &Path, out: &Path) -> Result<u64> {
     let done =
         write_all(reader.as_ref(), out, layout).and_then(|()| copy_sidecars(reader.as_ref(), out));
     if let Err(error) = done {
-        output::discard(out);
+        output::discard(out, |name| packed.join(name).is_file());
         return Err(error);
     }
     Ok(bytes)

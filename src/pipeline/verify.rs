@@ -103,6 +103,10 @@ fn check_tensor(
     }
     let text = |error: FormatError| error.to_string();
     let parts = reader.components(&record.name).map_err(text)?;
+    if parts.len() != record.components.len() {
+        let expected = record.components.len();
+        return Err(format!("expected {expected} components, found {}", parts.len()));
+    }
     for (component, part) in record.components.iter().zip(&parts) {
         *bytes += part.len() as u64;
         let found = Digest::of(part);
