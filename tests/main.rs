@@ -6,4 +6,7 @@
 mod cli;
 mod harness;
 mod layering;
+mod malformed;
+mod memory;
 mod parity;
+mod resume;

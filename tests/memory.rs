@@ -1,0 +1,107 @@
+//! Peak memory: one block and the activations, whatever the depth of the model.
+
+use std::{fs, path::Path};
+
+use crate::harness::{Command, Dir, Tensor, convert, fixture, noise, write_tensors};
+
+const HIDDEN: usize = 512;
+const MLP: usize = 1536;
+const VOCAB: usize = 1024;
+const HEADS: usize = 8;
+
+/// A random Llama with the vocabulary of the fixture model, so that its tokenizer fits.
+fn write_model(dir: &Path, blocks: usize) {
+    let mut tensors = Vec::new();
+    let mut add = |name: String, shape: &[usize]| {
+        let seed = tensors.len() as u64 + 1;
+        let scale = if shape.len() == 1 { 1.0 } else { 2.0 / (HIDDEN as f32).sqrt() };
+        let mut values = noise(seed, shape.iter().product());
+        values.iter_mut().for_each(|value| *value *= scale);
+        if shape.len() == 1 {
+            values.fill(1.0);
+        }
+        tensors.push(Tensor::f32(name, shape, &values));
+    };
+    add("model.embed_tokens.weight".to_owned(), &[VOCAB, HIDDEN]);
+    for block in 0..blocks {
+        let mut layer = |name: &str, shape: &[usize]| {
+            add(format!("model.layers.{block}.{name}.weight"), shape);
+        };
+        layer("input_layernorm", &[HIDDEN]);
+        for name in ["q_proj", "k_proj", "v_proj", "o_proj"] {
+            layer(&format!("self_attn.{name}"), &[HIDDEN, HIDDEN]);
+        }
+        layer("post_attention_layernorm", &[HIDDEN]);
+        layer("mlp.gate_proj", &[MLP, HIDDEN]);
+        layer("mlp.up_proj", &[MLP, HIDDEN]);
+        layer("mlp.down_proj", &[HIDDEN, MLP]);
+    }
+    add("model.norm.weight".to_owned(), &[HIDDEN]);
+    write_tensors(dir, &tensors);
+    let config = serde_json::json!({
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": MLP,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": true,
+        "torch_dtype": "float32",
+    });
+    fs::write(dir.join("config.json"), config.to_string()).unwrap();
+    fs::copy(fixture("model/tokenizer.json"), dir.join("tokenizer.json")).unwrap();
+}
+
+const ARGS: [&str; 10] = [
+    "--prune",
+    "sparsegpt",
+    "--sparsity",
+    "2:4",
+    "--samples",
+    "64",
+    "--seq-len",
+    "256",
+    "--calibration",
+    "fixtures/text/calibration.txt",
+];
+
+/// Over the plan: what the allocator keeps and the products' own buffers.
+const MOST_EXCESS: f64 = 1.3;
+
+struct Peaks {
+    measured: f64,
+    planned: f64,
+}
+
+fn peaks(dir: &Dir, blocks: usize) -> Peaks {
+    let model = dir.join(&format!("model-{blocks}"));
+    write_model(&model, blocks);
+    let plan = Command::new("plan").arg(&model).args(ARGS).arg("--json").succeeds().json();
+    let out = dir.join(&format!("out-{blocks}"));
+    let report = convert(&model, &out).args(ARGS).arg("--json").succeeds().json();
+    fs::remove_dir_all(&model).unwrap();
+    fs::remove_dir_all(&out).unwrap();
+    let peaks = Peaks {
+        measured: report["peak_rss_bytes"].as_f64().unwrap(),
+        planned: plan["budget"]["peak_bytes"].as_f64().unwrap(),
+    };
+    let (measured, planned) = (peaks.measured / 1e6, peaks.planned / 1e6);
+    println!("{blocks} blocks: peak {measured:.1} MB, planned {planned:.1} MB");
+    peaks
+}
+
+#[test]
+fn peak_memory_does_not_grow_with_depth_and_is_planned() {
+    let dir = Dir::new();
+    let (shallow, deep) = (peaks(&dir, 3), peaks(&dir, 12));
+    let growth = deep.measured / shallow.measured;
+    assert!(growth < 1.1, "12 blocks take {growth:.2} times the memory of 3");
+    let excess = deep.measured / deep.planned;
+    assert!(excess < MOST_EXCESS, "peak memory is {excess:.2} times what was planned");
+}
