@@ -14,12 +14,14 @@ fn write_model(dir: &Path, blocks: usize) {
     let mut tensors = Vec::new();
     let mut add = |name: String, shape: &[usize]| {
         let seed = tensors.len() as u64 + 1;
-        let scale = if shape.len() == 1 { 1.0 } else { 2.0 / (HIDDEN as f32).sqrt() };
-        let mut values = noise(seed, shape.iter().product());
-        values.iter_mut().for_each(|value| *value *= scale);
-        if shape.len() == 1 {
-            values.fill(1.0);
-        }
+        let count = shape.iter().product();
+        let values = match shape {
+            [_] => vec![1.0; count],
+            _ => noise(seed, count)
+                .iter()
+                .map(|value| value * 2.0 / (HIDDEN as f32).sqrt())
+                .collect(),
+        };
         tensors.push(Tensor::f32(name, shape, &values));
     };
     add("model.embed_tokens.weight".to_owned(), &[VOCAB, HIDDEN]);
