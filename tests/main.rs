@@ -9,4 +9,5 @@ mod layering;
 mod malformed;
 mod memory;
 mod parity;
+mod quality;
 mod resume;
