@@ -39,7 +39,7 @@ fn table(cpu: &Cpu) -> Result<(), BackendError> {
         let x = operand(cpu, tokens, d)?;
         let mut h = cpu.zeros(d, d)?;
         let flops = (tokens * d * (d + 1)) as f64;
-        row(&format!("gram {tokens}x{d}"), flops, || cpu.gram_accumulate(&mut h, &x, 1.0))?;
+        row(&format!("gram {tokens}x{d}"), flops, || cpu.gram_accumulate(&mut h, &x))?;
     }
     for (lens, num_heads, num_kv_heads) in [(vec![2048], 9, 3), (vec![512; 4], 9, 3)] {
         let head_dim = 64;
@@ -53,7 +53,7 @@ fn table(cpu: &Cpu) -> Result<(), BackendError> {
     }
     let (rows, cols) = (576, 1536);
     let mut h = cpu.zeros(cols, cols)?;
-    cpu.gram_accumulate(&mut h, &operand(cpu, 2 * cols, cols)?, 1.0)?;
+    cpu.gram_accumulate(&mut h, &operand(cpu, 2 * cols, cols)?)?;
     let flops = 2.0 / 3.0 * (cols as f64).powi(3);
     row(&format!("inverse factor {cols}"), flops, || cpu.inverse_factor_upper(&h, 1.0))?;
     let u = cpu.inverse_factor_upper(&h, 1.0)?;

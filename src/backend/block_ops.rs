@@ -101,6 +101,32 @@ pub trait BlockOps: Storage {
         bias: Option<&Self::Matrix>,
     ) -> Result<Self::Matrix>;
 
+    /// `residual += x Wᵀ + bias`: a linear that writes into the residual stream, without a matrix
+    /// in between.
+    ///
+    /// # Errors
+    /// Shapes that do not fit; device failure.
+    fn linear_add(
+        &self,
+        residual: &mut Self::Matrix,
+        x: &Self::Matrix,
+        weight: &Self::Weight,
+        bias: Option<&Self::Matrix>,
+    ) -> Result<()>;
+
+    /// `activation(gate) · up` of `x Wᵀ + bias`, whose outputs are the gates and then as many ups,
+    /// without a matrix in between.
+    ///
+    /// # Errors
+    /// Shapes that do not fit; device failure.
+    fn linear_gated(
+        &self,
+        x: &Self::Matrix,
+        weight: &Self::Weight,
+        bias: Option<&Self::Matrix>,
+        activation: Activation,
+    ) -> Result<Self::Matrix>;
+
     /// `x / √(mean(x²) + eps) · gain`, row by row, sums in f32 or better. `gain` is `[1, features]`.
     ///
     /// # Errors
@@ -145,27 +171,11 @@ pub trait BlockOps: Storage {
         lens: &SequenceLens,
     ) -> Result<Self::Matrix>;
 
-    /// `activation(gate) · up` of a stacked `[tokens, 2·features]` matrix (gate first).
-    ///
-    /// # Errors
-    /// Shapes that do not fit; device failure.
-    fn gated_activation(
-        &self,
-        gate_up: &Self::Matrix,
-        activation: Activation,
-    ) -> Result<Self::Matrix>;
-
     /// `activation(x)`.
     ///
     /// # Errors
     /// Device failure.
     fn activation(&self, x: &Self::Matrix, activation: Activation) -> Result<Self::Matrix>;
-
-    /// `x += y`, f32.
-    ///
-    /// # Errors
-    /// Shapes that do not fit; device failure.
-    fn add_assign(&self, x: &mut Self::Matrix, y: &Self::Matrix) -> Result<()>;
 
     /// Negative log-likelihood `ln Σ exp(logits) − logits[target]` of each row, in f64.
     ///

@@ -274,9 +274,8 @@ type Formula = fn(f64) -> f64;
 
 fn activations_match_their_formulas<B: Backend>(t: &Instance<B>) {
     let (rows, features) = (37, 21);
-    let values: Vec<f32> =
-        random(&mut rng(5), rows * 2 * features).iter().map(|x| 6.0 * x).collect();
-    let stacked = t.upload(&values, rows, 2 * features);
+    let values: Vec<f32> = random(&mut rng(5), rows * features).iter().map(|x| 6.0 * x).collect();
+    let x = t.upload(&values, rows, features);
     let cases: [(Activation, Formula); 4] = [
         (Activation::Silu, |x| x / (1.0 + (-x).exp())),
         (Activation::Relu, |x| x.max(0.0)),
@@ -291,21 +290,10 @@ fn activations_match_their_formulas<B: Backend>(t: &Instance<B>) {
         let scale = |x: f64| function(x).abs() + 1e-6 * x.abs();
         let plain: Vec<_> =
             values.iter().map(|x| f64::from(*x)).map(|x| (function(x), scale(x))).collect();
-        let out = t.backend.activation(&stacked, activation).unwrap();
+        let out = t.backend.activation(&x, activation).unwrap();
         let tolerance = t.element_tolerance();
         assert_close(&t.download(&out), &plain, tolerance, &format!("{activation:?}"));
-        let gated: Vec<_> = (0..rows * features)
-            .map(|i| {
-                let gate = i / features * 2 * features + i % features;
-                let up = f64::from(values[gate + features]);
-                (plain[gate].0 * up, plain[gate].1 * up.abs())
-            })
-            .collect();
-        let out = t.backend.gated_activation(&stacked, activation).unwrap();
-        assert_close(&t.download(&out), &gated, tolerance, &format!("gated {activation:?}"));
     }
-    let odd = t.upload(&[1.0; 3], 1, 3);
-    assert!(t.backend.gated_activation(&odd, Activation::Silu).is_err());
 }
 
 /// `Φ(x)` by Simpson's rule on the density.
@@ -318,14 +306,62 @@ fn normal_cdf(x: f64) -> f64 {
     (density(0) + inner + density(steps)) * width / 3.0 / (2.0 * std::f64::consts::PI).sqrt()
 }
 
-fn residual_adds<B: Backend>(t: &Instance<B>) {
-    let rng = &mut rng(6);
-    let (x, y) = (random(rng, 33 * 7), random(rng, 33 * 7));
-    let mut sum = t.upload(&x, 33, 7);
-    t.backend.add_assign(&mut sum, &t.upload(&y, 33, 7)).unwrap();
-    let expected: Vec<f32> = x.iter().zip(&y).map(|(x, y)| x + y).collect();
-    assert_eq!(t.download(&sum), expected);
-    assert!(t.backend.add_assign(&mut sum, &t.upload(&y, 7, 33)).is_err());
+fn fused_linears_equal_their_parts<B: Backend>(t: &Instance<B>) {
+    // Features that are whole panels, several gated chunks, and neither.
+    for (seed, (m, f, k)) in
+        [(1, 1, 1), (33, 7, 40), (70, 96, 33), (300, 1088, 65)].into_iter().enumerate()
+    {
+        let rng = &mut rng(seed);
+        let x = t.product_values(&random(rng, m * k));
+        let w = t.product_values(&random(rng, 2 * f * k));
+        let (bias, start) = (random(rng, 2 * f), random(rng, m * 2 * f));
+        let x_device = t.upload(&x, m, k);
+        let weight = t.backend.prepare(&[&t.upload(&w, 2 * f, k)]).unwrap();
+        let bias_device = t.upload(&bias, 1, 2 * f);
+        for with_bias in [false, true] {
+            let bias_arg = with_bias.then_some(&bias_device);
+            let output = |row: usize, col: usize| {
+                let (sum, scale) = dot(k, |p| x[row * k + p], |p| w[col * k + p]);
+                let bias = if with_bias { f64::from(bias[col]) } else { 0.0 };
+                (sum + bias, scale + bias.abs())
+            };
+            let added: Vec<_> = (0..m * 2 * f)
+                .map(|i| {
+                    let (sum, scale) = output(i / (2 * f), i % (2 * f));
+                    (sum + f64::from(start[i]), scale + f64::from(start[i]).abs())
+                })
+                .collect();
+            let mut residual = t.upload(&start, m, 2 * f);
+            t.backend.linear_add(&mut residual, &x_device, &weight, bias_arg).unwrap();
+            let what = format!("linear_add {m}x{f}x{k}");
+            assert_close(&t.download(&residual), &added, t.sum_tolerance(), &what);
+
+            let gated: Vec<_> = (0..m * f)
+                .map(|i| {
+                    let (row, col) = (i / f, i % f);
+                    let ((gate, gate_scale), (up, up_scale)) =
+                        (output(row, col), output(row, f + col));
+                    let silu = gate / (1.0 + (-gate).exp());
+                    // An error of a factor moves the product by the other factor; the slope of
+                    // silu is below 1.1.
+                    (
+                        silu * up,
+                        (silu * up).abs() + 1.1 * gate_scale * up.abs() + silu.abs() * up_scale,
+                    )
+                })
+                .collect();
+            let out =
+                t.backend.linear_gated(&x_device, &weight, bias_arg, Activation::Silu).unwrap();
+            assert_eq!(t.backend.shape(&out), (m, f));
+            let tolerance = t.sum_tolerance() + t.element_tolerance();
+            assert_close(&t.download(&out), &gated, tolerance, &format!("gated {m}x{f}x{k}"));
+        }
+    }
+    let x = t.upload(&[1.0; 6], 2, 3);
+    let odd = t.backend.prepare(&[&t.upload(&[1.0; 9], 3, 3)]).unwrap();
+    assert!(t.backend.linear_gated(&x, &odd, None, Activation::Silu).is_err());
+    let mut narrow = t.upload(&[1.0; 4], 2, 2);
+    assert!(t.backend.linear_add(&mut narrow, &x, &odd, None).is_err());
 }
 
 fn token_nll_is_log_sum_exp<B: Backend>(t: &Instance<B>) {
@@ -349,15 +385,14 @@ fn gram_is_the_lower_triangle_of_xtx<B: Backend>(t: &Instance<B>) {
         let start = random(rng, d * d);
         let x = t.product_values(&random(rng, tokens * d));
         let mut h = t.upload(&start, d, d);
-        t.backend.gram_accumulate(&mut h, &t.upload(&x, tokens, d), 0.37).unwrap();
+        t.backend.gram_accumulate(&mut h, &t.upload(&x, tokens, d)).unwrap();
         let h = t.download(&h);
         for i in 0..d {
             let expected: Vec<_> = (0..=i)
                 .map(|j| {
                     let (sum, scale) = dot(tokens, |t| x[t * d + i], |t| x[t * d + j]);
                     let start = f64::from(start[i * d + j]);
-                    let factor = f64::from(0.37f32);
-                    (start + factor * sum, start.abs() + factor * scale)
+                    (start + sum, start.abs() + scale)
                 })
                 .collect();
             assert_close(&h[i * d..][..=i], &expected, t.sum_tolerance(), "gram");
@@ -365,7 +400,7 @@ fn gram_is_the_lower_triangle_of_xtx<B: Backend>(t: &Instance<B>) {
     }
     let mut h = t.backend.zeros(3, 3).unwrap();
     let x = t.backend.zeros(2, 4).unwrap();
-    assert!(t.backend.gram_accumulate(&mut h, &x, 1.0).is_err());
+    assert!(t.backend.gram_accumulate(&mut h, &x).is_err());
 }
 
 fn column_statistics<B: Backend>(t: &Instance<B>) {
@@ -625,10 +660,13 @@ fn fingerprint<B: Backend>(t: &Instance<B>) -> Vec<u32> {
     let mut qkv = b.linear(&normed, &weight, Some(&gain)).unwrap();
     b.rope(&mut qkv, &shape, &rope_tables(500, 16), &lens).unwrap();
     let attended = b.causal_attention(&qkv, &shape, &lens).unwrap();
-    let gated = b.gated_activation(&x, Activation::Silu).unwrap();
+    let even = b.prepare(&[&w, &w]).unwrap();
+    let gated = b.linear_gated(&normed, &even, None, Activation::Silu).unwrap();
+    let mut added = b.duplicate(&x).unwrap();
+    b.linear_add(&mut added, &normed, &weight, Some(&gain)).unwrap();
     let mut h = b.zeros(d, d).unwrap();
-    b.gram_accumulate(&mut h, &normed, 0.5).unwrap();
-    b.gram_accumulate(&mut h, &qkv, 0.5).unwrap();
+    b.gram_accumulate(&mut h, &normed).unwrap();
+    b.gram_accumulate(&mut h, &qkv).unwrap();
     let mut sums = b.zeros(1, d).unwrap();
     b.column_sq_norm(&mut sums, &normed).unwrap();
     let u = b.inverse_factor_upper(&h, 0.1).unwrap();
@@ -640,11 +678,12 @@ fn fingerprint<B: Backend>(t: &Instance<B>) -> Vec<u32> {
     b.zero_lowest(&mut zeroed, None, Selection::Tensor { zeros: tokens * d / 2 }).unwrap();
     let form = b.quadratic_form(&qkv, Some(&swept), &h).unwrap();
     let nll = b.token_nll(&qkv, &vec![1; tokens]).unwrap();
-    let mut bits: Vec<u32> = [&normed, &qkv, &attended, &gated, &sums, &u, &swept, &err, &zeroed]
-        .iter()
-        .flat_map(|matrix| t.download(matrix))
-        .map(f32::to_bits)
-        .collect();
+    let mut bits: Vec<u32> =
+        [&normed, &qkv, &attended, &gated, &added, &sums, &u, &swept, &err, &zeroed]
+            .iter()
+            .flat_map(|matrix| t.download(matrix))
+            .map(f32::to_bits)
+            .collect();
     let h = t.download(&h);
     bits.extend((0..d).flat_map(|i| h[i * d..][..=i].to_vec()).map(f32::to_bits));
     let wide = nll.into_iter().chain([form]).map(f64::to_bits);
@@ -720,7 +759,7 @@ macro_rules! every_operation {
             $instance, $arithmetic;
             matrices_round_trip, linear_is_x_wt, norms_normalise_rows,
             rope_rotates_half_split_pairs, attention_is_causal_softmax,
-            activations_match_their_formulas, residual_adds, token_nll_is_log_sum_exp,
+            activations_match_their_formulas, fused_linears_equal_their_parts, token_nll_is_log_sum_exp,
             gram_is_the_lower_triangle_of_xtx, column_statistics, diagonals_and_columns,
             inverse_factor_inverts, zero_lowest_counts_exactly, obs_sweep_follows_algorithm_1,
             quadratic_form_sums_rows, ceiling_is_positive,

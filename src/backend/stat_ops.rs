@@ -4,14 +4,14 @@ use super::{Result, Storage};
 
 /// Accumulation of activation statistics.
 pub trait StatOps: Storage {
-    /// Lower triangle of `h += scale · xᵀx`; the strict upper triangle of `h` stays unspecified.
+    /// Lower triangle of `h += xᵀx`; the strict upper triangle of `h` stays unspecified.
     ///
     /// # Shapes
     /// `h: [features, features]` f32, `x: [tokens, features]`.
     ///
     /// # Errors
     /// Shapes that do not fit; device failure.
-    fn gram_accumulate(&self, h: &mut Self::Matrix, x: &Self::Matrix, scale: f32) -> Result<()>;
+    fn gram_accumulate(&self, h: &mut Self::Matrix, x: &Self::Matrix) -> Result<()>;
 
     /// `sums[j] += Σ_t x[t, j]²`, sums of a call in f32 or better.
     ///

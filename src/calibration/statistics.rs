@@ -9,7 +9,9 @@ pub enum StatKind {
     None,
     /// Squared norm of every input feature.
     ColumnNorm,
-    /// The Hessian of the layer-wise loss, `H = (2/n) XᵀX` with `n` sequences.
+    /// The Hessian of the layer-wise loss up to a constant factor, `H = XᵀX`. The factor (the
+    /// reference has `2/n` for `n` sequences) cancels wherever `H` is used: damping is relative to
+    /// its diagonal, and errors are ratios.
     Hessian,
 }
 
@@ -23,27 +25,20 @@ pub struct Statistic<B: Backend> {
     pub tokens: usize,
     /// Tokens left out because a feature was NaN or infinite.
     pub non_finite_tokens: usize,
-    scale: f32,
 }
 
 impl<B: Backend> Statistic<B> {
-    /// An empty statistic for inputs `features` wide, of a calibration set of `sequences`.
+    /// An empty statistic for inputs `features` wide.
     ///
     /// # Errors
     /// Out of device memory.
-    pub fn new(
-        b: &B,
-        kind: StatKind,
-        features: usize,
-        sequences: usize,
-    ) -> Result<Self, BackendError> {
+    pub fn new(b: &B, kind: StatKind, features: usize) -> Result<Self, BackendError> {
         let matrix = match kind {
             StatKind::None => None,
             StatKind::ColumnNorm => Some(b.zeros(1, features)?),
             StatKind::Hessian => Some(b.zeros(features, features)?),
         };
-        let scale = 2.0 / sequences.max(1) as f32;
-        Ok(Self { kind, matrix, tokens: 0, non_finite_tokens: 0, scale })
+        Ok(Self { kind, matrix, tokens: 0, non_finite_tokens: 0 })
     }
 
     /// Adds the rows of `x: [tokens, features]`. A batch that holds a non-finite row is left out
@@ -61,7 +56,7 @@ impl<B: Backend> Statistic<B> {
         match self.kind {
             StatKind::None => {}
             StatKind::ColumnNorm => b.column_sq_norm(matrix, x)?,
-            StatKind::Hessian => b.gram_accumulate(matrix, x, self.scale)?,
+            StatKind::Hessian => b.gram_accumulate(matrix, x)?,
         }
         self.tokens += tokens;
         Ok(())
@@ -84,6 +79,6 @@ impl<B: Backend> Statistic<B> {
 
     /// A statistic around a known matrix, for solving without a model.
     pub fn from_matrix(kind: StatKind, matrix: B::Matrix, tokens: usize) -> Self {
-        Self { kind, matrix: Some(matrix), tokens, non_finite_tokens: 0, scale: 1.0 }
+        Self { kind, matrix: Some(matrix), tokens, non_finite_tokens: 0 }
     }
 }

@@ -78,7 +78,7 @@ impl Case {
     }
 
     fn statistic(&self, b: &Cpu, kind: StatKind) -> Statistic<Cpu> {
-        let mut statistic = Statistic::new(b, kind, self.cols, 4).unwrap();
+        let mut statistic = Statistic::new(b, kind, self.cols).unwrap();
         let x = b.upload(&self.x, self.x.len() / self.cols, self.cols).unwrap();
         statistic.add(b, &x).unwrap();
         statistic
@@ -209,7 +209,7 @@ proptest! {
 fn magnitude_counts_exactly_among_ties() {
     let b = cpu();
     let weight: Vec<f32> = (0..42).map(|i| if i % 2 == 0 { 1.0 } else { -1.0 }).collect();
-    let mut nothing = Statistic::new(&b, StatKind::None, 7, 1).unwrap();
+    let mut nothing = Statistic::new(&b, StatKind::None, 7).unwrap();
     let (pruned, report) =
         solve_one(&b, &Magnitude, layer(&b, &weight, 7, "30%"), &mut nothing).unwrap();
     let expected: Vec<f32> = (0..42).map(|i| if i < 12 { 0.0 } else { weight[i] }).collect();
@@ -221,7 +221,7 @@ fn magnitude_counts_exactly_among_ties() {
 fn magnitude_compares_weights_of_the_whole_layer() {
     let b = cpu();
     let weight = [0.1, -0.2, 0.3, 0.4, -5.0, 6.0, 7.0, -8.0];
-    let mut nothing = Statistic::new(&b, StatKind::None, 4, 1).unwrap();
+    let mut nothing = Statistic::new(&b, StatKind::None, 4).unwrap();
     let (pruned, _) =
         solve_one(&b, &Magnitude, layer(&b, &weight, 4, "50%"), &mut nothing).unwrap();
     assert_eq!(pruned, [0.0, 0.0, 0.0, 0.0, -5.0, 6.0, 7.0, -8.0]);
@@ -231,7 +231,7 @@ fn magnitude_compares_weights_of_the_whole_layer() {
 fn magnitude_compares_weights_of_a_group() {
     let b = cpu();
     let weight = [4.0, -3.0, 2.0, 1.0, 0.1, 0.1, -0.1, 0.1];
-    let mut nothing = Statistic::new(&b, StatKind::None, 8, 1).unwrap();
+    let mut nothing = Statistic::new(&b, StatKind::None, 8).unwrap();
     let (pruned, _) =
         solve_one(&b, &Magnitude, layer(&b, &weight, 8, "2:4"), &mut nothing).unwrap();
     assert_eq!(pruned, [4.0, -3.0, 0.0, 0.0, 0.0, 0.0, -0.1, 0.1]);
@@ -334,7 +334,7 @@ fn calibration_without_a_finite_token_is_refused() {
     for (kind, method) in
         [(StatKind::Hessian, Method::SparseGpt), (StatKind::ColumnNorm, Method::Wanda)]
     {
-        let mut statistic = Statistic::new(&b, kind, 2, 1).unwrap();
+        let mut statistic = Statistic::new(&b, kind, 2).unwrap();
         statistic.add(&b, &x).unwrap();
         let solver = solver(method, SolverOptions::default());
         let layer = layer(&b, &[1.0, 2.0], 2, "50%");
@@ -350,12 +350,12 @@ fn calibration_without_a_finite_token_is_refused() {
 fn a_batch_with_a_non_finite_token_is_left_out_whole() {
     let b = cpu();
     let good = [1.0, 2.0, 3.0, 4.0];
-    let mut statistic = Statistic::new(&b, StatKind::Hessian, 2, 2).unwrap();
+    let mut statistic = Statistic::new(&b, StatKind::Hessian, 2).unwrap();
     statistic.add(&b, &b.upload(&good, 2, 2).unwrap()).unwrap();
     statistic.add(&b, &b.upload(&[1.0, 1.0, f32::NAN, 1.0], 2, 2).unwrap()).unwrap();
     assert_eq!((statistic.tokens, statistic.non_finite_tokens), (2, 2));
     let mut expected = b.zeros(2, 2).unwrap();
-    b.gram_accumulate(&mut expected, &b.upload(&good, 2, 2).unwrap(), 1.0).unwrap();
+    b.gram_accumulate(&mut expected, &b.upload(&good, 2, 2).unwrap()).unwrap();
     let values = |h: &CpuMatrix| b.download(h).unwrap();
     assert_eq!(values(statistic.matrix().unwrap()), values(&expected));
 }
@@ -375,7 +375,7 @@ fn too_little_statistic_is_a_defect_of_the_caller() {
             "layer: the solver needs ColumnNorm, the statistic is None",
         ),
     ] {
-        let mut statistic = Statistic::new(&b, kind, 2, 1).unwrap();
+        let mut statistic = Statistic::new(&b, kind, 2).unwrap();
         let solver = solver(method, SolverOptions::default());
         let layer = layer(&b, &[1.0, 2.0], 2, "50%");
         let error = solve_one(&b, &*solver, layer, &mut statistic).unwrap_err();

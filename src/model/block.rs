@@ -53,12 +53,6 @@ pub struct Linears<B: Backend> {
     pub bias: Option<B::Matrix>,
 }
 
-impl<B: Backend> Linears<B> {
-    fn apply(&self, b: &B, x: &B::Matrix) -> Result<B::Matrix, BackendError> {
-        b.linear(x, &self.weight, self.bias.as_ref())
-    }
-}
-
 /// What does not change from block to block.
 #[derive(Debug, Clone)]
 pub struct BlockGeometry {
@@ -153,26 +147,28 @@ impl<B: Backend> Block<B> {
         let Activations { mut residual, input } = at;
         let input = input.ok_or_else(|| absent("input"))?;
         let linears = self.linears[point as usize].as_ref().ok_or_else(|| absent("linears"))?;
-        let output = linears.apply(b, &input)?;
-        drop(input);
-        let input = match point {
-            CapturePoint::AttnIn => {
-                let mut qkv = output;
+        let (weight, bias) = (&linears.weight, linears.bias.as_ref());
+        let input = match (point, geometry.mlp) {
+            (CapturePoint::AttnIn, _) => {
+                let mut qkv = b.linear(&input, weight, bias)?;
+                drop(input);
                 if let Some(tables) = &geometry.rope {
                     b.rope(&mut qkv, &geometry.attention, tables, lens)?;
                 }
                 Some(b.causal_attention(&qkv, &geometry.attention, lens)?)
             }
-            CapturePoint::AttnOut => {
-                b.add_assign(&mut residual, &output)?;
+            (CapturePoint::AttnOut, _) => {
+                b.linear_add(&mut residual, &input, weight, bias)?;
                 Some(self.mlp_norm.apply(b, &residual)?)
             }
-            CapturePoint::MlpIn => Some(match geometry.mlp {
-                MlpKind::Gated => b.gated_activation(&output, geometry.activation)?,
-                MlpKind::Plain => b.activation(&output, geometry.activation)?,
-            }),
-            CapturePoint::MlpHidden => {
-                b.add_assign(&mut residual, &output)?;
+            (CapturePoint::MlpIn, MlpKind::Gated) => {
+                Some(b.linear_gated(&input, weight, bias, geometry.activation)?)
+            }
+            (CapturePoint::MlpIn, MlpKind::Plain) => {
+                Some(b.activation(&b.linear(&input, weight, bias)?, geometry.activation)?)
+            }
+            (CapturePoint::MlpHidden, _) => {
+                b.linear_add(&mut residual, &input, weight, bias)?;
                 None
             }
         };

@@ -292,7 +292,7 @@ impl<'a, B: Backend> Run<'a, B> {
             sparsity: plan.sparsity,
         };
         drop(values);
-        let mut nothing = Statistic::new(b, StatKind::None, plan.cols, 1)?;
+        let mut nothing = Statistic::new(b, StatKind::None, plan.cols)?;
         let mut spent = SolveTimes::default();
         let solver = solver::<B>(plan.method, self.job.plan.solver_options());
         for solved in solver.solve(b, vec![layer], &mut nothing, &mut spent)? {

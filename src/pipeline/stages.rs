@@ -67,7 +67,7 @@ impl<B: Backend> StageContext<'_, B> {
         let mut reports = Vec::new();
         for point in CapturePoint::ALL {
             let features = self.config.capture_width(point);
-            let mut nothing = Statistic::new(self.backend, StatKind::None, features, 1)?;
+            let mut nothing = Statistic::new(self.backend, StatKind::None, features)?;
             reports.extend(self.solve_point(plan, loaded, point, &mut nothing, times)?);
         }
         Ok(reports)
@@ -103,7 +103,7 @@ impl<B: Backend> StageContext<'_, B> {
             };
             if statistic.is_none() {
                 let kind = plan.needs_at(point);
-                let mut fresh = self.statistic(kind, point, hidden)?;
+                let mut fresh = self.statistic(kind, point)?;
                 if kind > StatKind::None {
                     let span = Span { from: at, to: Some(point) };
                     self.pass(plan, &loaded.block, hidden, times, span, |b, x| fresh.add(b, x))?;
@@ -135,7 +135,7 @@ impl<B: Backend> StageContext<'_, B> {
         times.time(Phase::Load, || loaded.install_all(b))?;
         let mut statistics: Vec<Statistic<B>> = CapturePoint::ALL
             .into_iter()
-            .map(|point| self.statistic(plan.needs_at(point), point, hidden))
+            .map(|point| self.statistic(plan.needs_at(point), point))
             .collect::<Result<_>>()?;
         for batch in 0..hidden.batches() {
             let lens = hidden.lens(batch).clone();
@@ -204,14 +204,9 @@ impl<B: Backend> StageContext<'_, B> {
         Ok(())
     }
 
-    fn statistic(
-        &self,
-        kind: StatKind,
-        point: CapturePoint,
-        hidden: &HiddenStates,
-    ) -> Result<Statistic<B>> {
+    fn statistic(&self, kind: StatKind, point: CapturePoint) -> Result<Statistic<B>> {
         let features = self.config.capture_width(point);
-        Ok(Statistic::new(self.backend, kind, features, hidden.sequences())?)
+        Ok(Statistic::new(self.backend, kind, features)?)
     }
 
     /// Solves the planned layers that share the input at `point`, method by method: each takes all

@@ -1,30 +1,14 @@
-//! Activations of the MLP and the residual sum.
+//! Activations of the MLP.
 
-use rayon::prelude::*;
-
-use super::matrix::{STRIP, product_operand, shape_error, strip_len};
+use super::matrix::product_operand;
 use super::simd::{self, vectorised};
 use super::{CpuMatrix, Products};
-use crate::backend::{Activation, Result};
+use crate::backend::Activation;
 
-/// `activation(gate) · up` of `[tokens, 2·features]`.
-pub(super) fn gated_activation(
-    products: Products,
-    gate_up: &CpuMatrix,
-    activation: Activation,
-) -> Result<CpuMatrix> {
-    if !gate_up.cols.is_multiple_of(2) {
-        let detail = format!("{} columns are not gate and up", gate_up.cols);
-        return Err(shape_error("gated_activation", detail));
-    }
-    let values = gate_up.widened();
-    let features = gate_up.cols / 2;
-    Ok(product_operand(products, gate_up.rows, features, |row, out| {
-        let (gate, up) = values[row * gate_up.cols..][..gate_up.cols].split_at(features);
-        out.copy_from_slice(gate);
-        apply(activation, out);
-        multiply(out, up);
-    }))
+/// `gate = activation(gate) · up`.
+pub(super) fn gate(activation: Activation, gate: &mut [f32], up: &[f32]) {
+    apply(activation, gate);
+    multiply(gate, up);
 }
 
 /// `activation(x)`.
@@ -34,17 +18,6 @@ pub(super) fn activation(products: Products, x: &CpuMatrix, activation: Activati
         out.copy_from_slice(&values[row * x.cols..][..x.cols]);
         apply(activation, out);
     })
-}
-
-/// `x += y`.
-pub(super) fn add_assign(x: &mut CpuMatrix, y: &CpuMatrix) -> Result<()> {
-    const OPERATION: &str = "add_assign";
-    y.expect_shape(OPERATION, x.rows, x.cols)?;
-    let len = strip_len(STRIP, x.cols);
-    let y = y.widened();
-    let x = x.f32s_mut(OPERATION)?;
-    x.par_chunks_mut(len).zip(y.par_chunks(len)).for_each(|(x, y)| add(x, y));
-    Ok(())
 }
 
 fn apply(activation: Activation, x: &mut [f32]) {
@@ -59,12 +32,6 @@ fn apply(activation: Activation, x: &mut [f32]) {
 vectorised! {
     fn multiply<'a>(x: &'a mut [f32], y: &'a [f32]) {
         x.iter_mut().zip(y).for_each(|(x, y)| *x *= y);
-    }
-}
-
-vectorised! {
-    fn add<'a>(x: &'a mut [f32], y: &'a [f32]) {
-        x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
     }
 }
 

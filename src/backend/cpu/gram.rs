@@ -7,7 +7,7 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::bf16::pack::{self, Source};
-use super::bf16::{BLOCK, Isa, Line, Session, Sums, add_block};
+use super::bf16::{BLOCK, Isa, Line, Session, Sums, TILE_LINES, Target};
 use super::linalg::{self, View, ViewMut};
 use super::matrix::{STRIP, strip_len};
 use super::simd::vectorised;
@@ -16,30 +16,25 @@ use crate::backend::Result;
 
 /// Features of a strip of an f32 Gram matrix.
 const F32_STRIP: usize = 128;
-/// Features of a strip of a bf16 Gram matrix.
-const BF16_STRIP: usize = 2 * BLOCK;
-/// Tokens packed at a time: 32 KiB of a panel stay in the first-level cache.
-const TOKENS: usize = 512;
+/// Tokens packed at a time.
+const PACKED_TOKENS: usize = 2048;
+/// Lines of a strip multiplied at a time: 16 KiB, a third of the first-level cache.
+const PART_LINES: usize = 8 * TILE_LINES;
 
-/// Lower triangle of `h += scale · xᵀx`.
-pub(super) fn gram_accumulate(
-    products: Products,
-    h: &mut CpuMatrix,
-    x: &CpuMatrix,
-    scale: f32,
-) -> Result<()> {
+/// Lower triangle of `h += xᵀx`.
+pub(super) fn gram_accumulate(products: Products, h: &mut CpuMatrix, x: &CpuMatrix) -> Result<()> {
     const OPERATION: &str = "gram_accumulate";
     let d = x.cols;
     h.expect_shape(OPERATION, d, d)?;
     let h = h.f32s_mut(OPERATION)?;
     match products {
-        Products::F32 => gram_f32(h, x, scale),
-        Products::Bf16(isa) => gram_bf16(isa, h, &x.narrowed(), d, scale),
+        Products::F32 => gram_f32(h, x),
+        Products::Bf16(isa) => gram_bf16(isa, h, &x.narrowed(), d),
     }
     Ok(())
 }
 
-fn gram_f32(h: &mut [f32], x: &CpuMatrix, scale: f32) {
+fn gram_f32(h: &mut [f32], x: &CpuMatrix) {
     let (tokens, d) = (x.rows, x.cols);
     let x = x.widened();
     let columns =
@@ -50,21 +45,21 @@ fn gram_f32(h: &mut [f32], x: &CpuMatrix, scale: f32) {
         let a = columns(first, rows);
         if first > 0 {
             let left = ViewMut { data: h, rows, cols: first, stride: d };
-            linalg::add_matmul_tn(left, a, columns(0, first), scale);
+            linalg::add_matmul_tn(left, a, columns(0, first));
         }
         let diagonal = ViewMut { data: &mut h[first..], rows, cols: rows, stride: d };
-        linalg::add_gram_lower(diagonal, a, scale);
+        linalg::add_gram_lower(diagonal, a);
     });
 }
 
-fn gram_bf16(isa: Isa, h: &mut [f32], x: &[bf16], d: usize, scale: f32) {
+fn gram_bf16(isa: Isa, h: &mut [f32], x: &[bf16], d: usize) {
     if d == 0 {
         return;
     }
     let x = Source::dense(x, x.len() / d, d);
     let (mut columns, mut rows) = (Vec::new(), Vec::new());
-    for first in (0..x.rows).step_by(TOKENS) {
-        let tokens = first..x.rows.min(first + TOKENS);
+    for first in (0..x.rows).step_by(PACKED_TOKENS) {
+        let tokens = first..x.rows.min(first + PACKED_TOKENS);
         let lines = pack::lines(tokens.len());
         // Each panel of Xᵀ as right operand; transposed tile by tile it is the left one.
         columns.resize(d.div_ceil(BLOCK) * lines, Line::ZERO);
@@ -77,35 +72,26 @@ fn gram_bf16(isa: Isa, h: &mut [f32], x: &[bf16], d: usize, scale: f32) {
                 pack::transpose(rows);
             },
         );
-        h.par_chunks_mut(BF16_STRIP * d).enumerate().for_each(|(group, h)| {
-            let first = group * BF16_STRIP / BLOCK;
-            add_gram_strips(isa, &rows, &columns, lines, h, d, first, scale);
-        });
+        h.par_chunks_mut(BLOCK * d)
+            .zip(rows.par_chunks(lines))
+            .enumerate()
+            .rev()
+            .for_each(|(strip, (h, a))| add_gram_strip(isa, strip, a, &columns, h, d));
     }
 }
 
-/// Adds to a few strips of rows of `h`, the first of which is strip `first`.
-#[allow(clippy::too_many_arguments, reason = "two operands and a result with their geometry")]
-fn add_gram_strips(
-    isa: Isa,
-    rows: &[Line],
-    columns: &[Line],
-    lines: usize,
-    h: &mut [f32],
-    d: usize,
-    first: usize,
-    scale: f32,
-) {
+/// Adds to one strip of rows of `h`, left of and on the diagonal. The tokens go in parts, so that a
+/// part of the strip stays in the first-level cache while all panels pass by.
+fn add_gram_strip(isa: Isa, strip: usize, a: &[Line], columns: &[Line], h: &mut [f32], d: usize) {
     let session = Session::start(isa);
     let mut sums = Sums::ZERO;
-    let strips = h.len().div_ceil(BLOCK * d);
-    for (panel, b) in columns.chunks_exact(lines).take(first + strips).enumerate() {
-        let col = panel * BLOCK;
-        let strips = rows.chunks_exact(lines).skip(first).zip(h.chunks_mut(BLOCK * d));
-        // Blocks above the diagonal stay as they are.
-        for (a, h) in strips.skip(panel.saturating_sub(first)) {
-            session.block(a, b, &mut sums);
-            add_block(&sums, scale, &mut h[col..], d, BLOCK.min(d - col));
+    let rows = h.len() / d;
+    for (part, a_part) in a.chunks(PART_LINES).enumerate() {
+        for (panel, b) in columns.chunks_exact(a.len()).take(strip + 1).enumerate() {
+            let b_part = &b[part * PART_LINES..][..a_part.len()];
+            let col = panel * BLOCK;
+            let out = Target { out: &mut h[col..], stride: d, rows, cols: d - col, add: true };
+            session.block_into(a_part, b_part, out, &mut sums);
         }
     }
 }

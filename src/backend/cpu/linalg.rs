@@ -87,13 +87,13 @@ pub(super) fn matmul_nt(c: ViewMut, into: Into, a: View, b: View, alpha: f32) {
     matmul::matmul(c.faer(), into.into(), a.faer(), b.faer().transpose(), alpha, Par::Seq);
 }
 
-/// `c += alpha · aᵀ b`.
-pub(super) fn add_matmul_tn(c: ViewMut, a: View, b: View, alpha: f32) {
-    matmul::matmul(c.faer(), Accum::Add, a.faer().transpose(), b.faer(), alpha, Par::Seq);
+/// `c += aᵀ b`.
+pub(super) fn add_matmul_tn(c: ViewMut, a: View, b: View) {
+    matmul::matmul(c.faer(), Accum::Add, a.faer().transpose(), b.faer(), 1.0, Par::Seq);
 }
 
-/// Lower triangle of `c += alpha · aᵀ a`.
-pub(super) fn add_gram_lower(c: ViewMut, a: View, alpha: f32) {
+/// Lower triangle of `c += aᵀ a`.
+pub(super) fn add_gram_lower(c: ViewMut, a: View) {
     let a = a.faer();
     triangular::matmul(
         c.faer(),
@@ -103,7 +103,7 @@ pub(super) fn add_gram_lower(c: ViewMut, a: View, alpha: f32) {
         BlockStructure::Rectangular,
         a,
         BlockStructure::Rectangular,
-        alpha,
+        1.0,
         Par::Seq,
     );
 }

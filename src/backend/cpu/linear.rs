@@ -3,25 +3,31 @@
 //! A weight is laid out once and used for every calibration batch. Each strip of tokens is computed
 //! by one thread, so an element's sum runs in the order of the input features.
 
+use std::borrow::Cow;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
+use half::bf16;
 use rayon::prelude::*;
 
 use super::bf16::pack::{self, Source};
-use super::bf16::{BLOCK, Isa, Line, Session, Sums, TILE_K, TILE_LINES, add_block};
+use super::bf16::{BLOCK, Isa, Line, Session, Sums, TILE_K, TILE_LINES, Target};
 use super::linalg::{self, Into, View, ViewMut};
 use super::matrix::{shape_error, strip_len};
-use super::{CpuMatrix, Products};
-use crate::backend::Result;
+use super::{CpuMatrix, Products, activation, simd};
+use crate::backend::{Activation, HostData, Result};
 
 /// Tokens of a strip of an f32 product: enough to pay for packing the weight.
 const F32_STRIP: usize = 256;
 
-/// Tokens of a strip of a bf16 product: each panel of the weight is used by its four strips of 32
-/// rows while it is in the first-level cache.
-const BF16_STRIP: usize = 4 * BLOCK;
-/// Tiles of the inner dimension at a time: 20 · 2 KiB of a panel stay in the first-level cache.
-const MAX_TILES: usize = 20;
+/// Tokens of a strip of a bf16 product: how often a part of the weight is used while it is in the
+/// second-level cache.
+const BF16_STRIP: usize = 8 * BLOCK;
+/// Tiles of the inner dimension at a time: 10 · 2 KiB of the strip and as much of a panel stay in
+/// the first-level cache.
+const MAX_TILES: usize = 10;
+/// Features of a gated product at a time.
+const GATED_FEATURES: usize = 16 * BLOCK;
 
 /// Weights stacked along the output features, laid out for products.
 #[derive(Debug)]
@@ -88,87 +94,251 @@ pub(super) fn linear(
     weight: &CpuWeight,
     bias: Option<&CpuMatrix>,
 ) -> Result<CpuMatrix> {
-    let CpuWeight { out_features, in_features, data } = weight;
-    let (n, k) = (*out_features, *in_features);
-    x.expect_shape("linear", x.rows, k)?;
-    let bias = match bias {
-        Some(bias) => {
-            bias.expect_shape("linear bias", 1, n)?;
-            Some(bias.widened())
-        }
-        None => None,
-    };
-    let tokens = x.rows;
-    let mut out = vec![0.0; tokens * n];
-    match data {
-        WeightData::F32(weight) => {
-            let weight = View::dense(weight, n, k);
-            out.par_chunks_mut(strip_len(F32_STRIP, n)).enumerate().for_each(|(strip, out)| {
-                let mut scratch = Vec::new();
-                let rows = out.len() / n;
-                let first = strip * F32_STRIP;
-                let x = View::dense(x.rows_f32(first..first + rows, &mut scratch), rows, k);
-                let c = ViewMut { data: out, rows, cols: n, stride: n };
-                linalg::matmul_nt(c, Into::Replace, x, weight, 1.0);
-                if let Some(bias) = &bias {
-                    for out in out.chunks_exact_mut(n) {
-                        out.iter_mut().zip(bias.iter()).for_each(|(out, bias)| *out += bias);
-                    }
-                }
-            });
-        }
-        WeightData::Bf16 { isa, panels } => {
-            let x_values = x.narrowed();
-            let x = Source::dense(&x_values, x.rows, k);
-            out.par_chunks_mut(strip_len(BF16_STRIP, n)).enumerate().for_each_init(
-                Vec::new,
-                |packed, (strip, out)| {
-                    if let Some(bias) = &bias {
-                        out.chunks_exact_mut(n).for_each(|out| out.copy_from_slice(bias));
-                    }
-                    let first = strip * BF16_STRIP;
-                    let x = x.part(first..first + out.len() / n, 0..k);
-                    add_product(*isa, x, panels, out, n, packed);
-                },
-            );
-        }
-    }
-    Ok(CpuMatrix::from_f32(tokens, n, out))
+    let n = weight.out_features;
+    let product = Product::new("linear", x, weight, bias)?;
+    let mut out = vec![0.0; x.rows * n];
+    let strip = product.strip();
+    out.par_chunks_mut(strip_len(strip, n)).enumerate().for_each_init(
+        Scratch::default,
+        |scratch, (index, out)| {
+            let add = product.start(out);
+            product.compute(index * strip, 0..n, Out { data: out, stride: n, add }, scratch);
+        },
+    );
+    Ok(CpuMatrix::from_f32(x.rows, n, out))
 }
 
-/// `out += x Wᵀ` for a few strips of `x` and all panels of a weight.
-fn add_product(
+/// `residual += x Wᵀ + bias`.
+pub(super) fn linear_add(
+    residual: &mut CpuMatrix,
+    x: &CpuMatrix,
+    weight: &CpuWeight,
+    bias: Option<&CpuMatrix>,
+) -> Result<()> {
+    const OPERATION: &str = "linear_add";
+    let n = weight.out_features;
+    let product = Product::new(OPERATION, x, weight, bias)?;
+    residual.expect_shape(OPERATION, x.rows, n)?;
+    let strip = product.strip();
+    residual.f32s_mut(OPERATION)?.par_chunks_mut(strip_len(strip, n)).enumerate().for_each_init(
+        Scratch::default,
+        |scratch, (index, out)| {
+            product.add_bias(0..n, out);
+            product.compute(index * strip, 0..n, Out { data: out, stride: n, add: true }, scratch);
+        },
+    );
+    Ok(())
+}
+
+/// `activation(gate) · up` of `x Wᵀ + bias`, gates first. Gates and ups of some features at a time
+/// go through a buffer that stays in the second-level cache.
+pub(super) fn linear_gated(
+    products: Products,
+    x: &CpuMatrix,
+    weight: &CpuWeight,
+    bias: Option<&CpuMatrix>,
+    activation: Activation,
+) -> Result<CpuMatrix> {
+    const OPERATION: &str = "linear_gated";
+    if !weight.out_features.is_multiple_of(2) {
+        let detail = format!("{} outputs are not gates and ups", weight.out_features);
+        return Err(shape_error(OPERATION, detail));
+    }
+    let features = weight.out_features / 2;
+    let product = Product::new(OPERATION, x, weight, bias)?;
+    let strip = product.strip();
+    // Whole panels, unless the ups do not start on one.
+    let aligned = features.is_multiple_of(BLOCK);
+    let chunk = if aligned { GATED_FEATURES.min(features).max(1) } else { features.max(1) };
+    let fill = |index: usize, rows: usize, store: &mut dyn FnMut(usize, usize, &[f32])| {
+        let mut scratch = Scratch::default();
+        let mut buffer = vec![0.0; rows * 2 * chunk];
+        for first in (0..features).step_by(chunk) {
+            let width = chunk.min(features - first);
+            let stride = 2 * width;
+            let buffer = &mut buffer[..rows * stride];
+            let halves = if aligned {
+                vec![first..first + width, features + first..features + first + width]
+            } else {
+                vec![0..2 * features]
+            };
+            for (half, columns) in halves.into_iter().enumerate() {
+                let data = &mut buffer[half * width..];
+                product.set_bias(columns.clone(), data, stride);
+                let out = Out { data, stride, add: product.bias.is_some() };
+                product.compute(index * strip, columns, out, &mut scratch);
+            }
+            for (row, values) in buffer.chunks_exact_mut(stride).enumerate() {
+                let (gate, up) = values.split_at_mut(width);
+                activation::gate(activation, gate, up);
+                store(row, first, gate);
+            }
+        }
+    };
+    let len = strip_len(strip, features);
+    let data = match products {
+        Products::F32 => {
+            let mut out = vec![0.0; x.rows * features];
+            out.par_chunks_mut(len).enumerate().for_each(|(index, out)| {
+                fill(index, out.len() / features, &mut |row, first, values| {
+                    out[row * features + first..][..values.len()].copy_from_slice(values);
+                });
+            });
+            HostData::F32(out)
+        }
+        Products::Bf16(_) => {
+            let mut out = vec![bf16::ZERO; x.rows * features];
+            out.par_chunks_mut(len).enumerate().for_each(|(index, out)| {
+                fill(index, out.len() / features, &mut |row, first, values| {
+                    simd::narrow(values, &mut out[row * features + first..][..values.len()]);
+                });
+            });
+            HostData::Bf16(out)
+        }
+    };
+    Ok(CpuMatrix { rows: x.rows, cols: features, data })
+}
+
+/// Buffers of one thread.
+#[derive(Default)]
+struct Scratch {
+    /// Rows of `x` as f32.
+    wide: Vec<f32>,
+    /// Packed strips of `x`.
+    packed: Vec<Line>,
+}
+
+/// Where some rows of a product go.
+struct Out<'a> {
+    data: &'a mut [f32],
+    /// Values from one row to the next.
+    stride: usize,
+    /// Whether the product is added to what is there.
+    add: bool,
+}
+
+/// A product whose rows are computed strip by strip.
+struct Product<'a> {
+    x: &'a CpuMatrix,
+    /// The rows of `x` in bf16, for bf16 products.
+    narrow: Cow<'a, [bf16]>,
+    weight: &'a CpuWeight,
+    bias: Option<Cow<'a, [f32]>>,
+}
+
+impl<'a> Product<'a> {
+    fn new(
+        operation: &'static str,
+        x: &'a CpuMatrix,
+        weight: &'a CpuWeight,
+        bias: Option<&'a CpuMatrix>,
+    ) -> Result<Self> {
+        x.expect_shape(operation, x.rows, weight.in_features)?;
+        if let Some(bias) = bias {
+            bias.expect_shape(operation, 1, weight.out_features)?;
+        }
+        let narrow = match weight.data {
+            WeightData::F32(_) => Cow::Borrowed(&[] as &[bf16]),
+            WeightData::Bf16 { .. } => x.narrowed(),
+        };
+        Ok(Self { x, narrow, weight, bias: bias.map(CpuMatrix::widened) })
+    }
+
+    /// Rows that one thread computes at a time: results do not depend on it.
+    fn strip(&self) -> usize {
+        match self.weight.data {
+            WeightData::F32(_) => F32_STRIP,
+            WeightData::Bf16 { .. } => BF16_STRIP,
+        }
+    }
+
+    /// Puts the bias where the product will be added; says whether it did.
+    fn start(&self, out: &mut [f32]) -> bool {
+        self.set_bias(0..self.weight.out_features, out, self.weight.out_features);
+        self.bias.is_some()
+    }
+
+    fn set_bias(&self, columns: Range<usize>, out: &mut [f32], stride: usize) {
+        if let Some(bias) = &self.bias {
+            let bias = &bias[columns];
+            out.chunks_mut(stride).for_each(|out| out[..bias.len()].copy_from_slice(bias));
+        }
+    }
+
+    fn add_bias(&self, columns: Range<usize>, out: &mut [f32]) {
+        if let Some(bias) = &self.bias {
+            let bias = &bias[columns];
+            for out in out.chunks_exact_mut(bias.len().max(1)) {
+                out.iter_mut().zip(bias).for_each(|(out, bias)| *out += bias);
+            }
+        }
+    }
+
+    /// Output features `columns` of the rows from `first` on, as many as `out` has (at most a
+    /// strip). For bf16 products `columns` starts on a panel, or is everything from 0.
+    fn compute(&self, first: usize, columns: Range<usize>, out: Out<'_>, scratch: &mut Scratch) {
+        let rows = self.strip().min(self.x.rows - first);
+        let k = self.weight.in_features;
+        match &self.weight.data {
+            WeightData::F32(weight) => {
+                let weight =
+                    View::dense(&weight[columns.start * k..columns.end * k], columns.len(), k);
+                let x =
+                    View::dense(self.x.rows_f32(first..first + rows, &mut scratch.wide), rows, k);
+                let c = ViewMut { data: out.data, rows, cols: columns.len(), stride: out.stride };
+                let into = if out.add { Into::Add } else { Into::Replace };
+                linalg::matmul_nt(c, into, x, weight, 1.0);
+            }
+            WeightData::Bf16 { isa, panels } => {
+                let x = Source::dense(&self.narrow, self.x.rows, k).part(first..first + rows, 0..k);
+                let panel_lines = pack::lines(k);
+                let from = columns.start / BLOCK * panel_lines;
+                let to = columns.end.div_ceil(BLOCK) * panel_lines;
+                compute_bf16(*isa, x, &panels[from..to], columns.len(), out, &mut scratch.packed);
+            }
+        }
+    }
+}
+
+/// Some rows of `x Wᵀ` with `n` output features. The inner dimension goes in equal parts, in
+/// order, so that the sums of an element depend on it alone; a part of 32 rows of `x` stays in the
+/// first-level cache while the panels of the weight pass by.
+fn compute_bf16(
     isa: Isa,
     x: Source<'_>,
     panels: &[Line],
-    out: &mut [f32],
     n: usize,
+    out: Out<'_>,
     packed: &mut Vec<Line>,
 ) {
-    let session = Session::start(isa);
-    let mut sums = Sums::ZERO;
     let tiles = x.cols.div_ceil(TILE_K);
     if tiles == 0 {
+        if !out.add {
+            out.data.chunks_mut(out.stride).for_each(|out| out[..n].fill(0.0));
+        }
         return;
     }
-    // Equal parts of the inner dimension, in order: the sums of an element depend on it alone.
+    let session = Session::start(isa);
+    let mut sums = Sums::ZERO;
+    let Out { data, stride, add } = out;
     let part = tiles.div_ceil(tiles.div_ceil(MAX_TILES));
     for first_tile in (0..tiles).step_by(part) {
         let part = first_tile..tiles.min(first_tile + part);
-        let lines = part.len() * TILE_LINES;
         let inner = part.start * TILE_K..part.end * TILE_K;
-        packed.resize(x.rows.div_ceil(BLOCK) * lines, Line::ZERO);
-        for (strip, packed) in packed.chunks_exact_mut(lines).enumerate() {
-            let rows = strip * BLOCK..(strip + 1) * BLOCK;
-            pack::rows(x.part(rows, inner.clone()), packed);
-        }
         let inner_lines = part.start * TILE_LINES..part.end * TILE_LINES;
-        for (panel, b) in panels.chunks_exact(tiles * TILE_LINES).enumerate() {
-            let (b, col) = (&b[inner_lines.clone()], panel * BLOCK);
-            let cols = BLOCK.min(n - col);
-            for (a, out) in packed.chunks_exact(lines).zip(out.chunks_mut(BLOCK * n)) {
-                session.block(a, b, &mut sums);
-                add_block(&sums, 1.0, &mut out[col..], n, cols);
+        packed.resize(part.len() * TILE_LINES, Line::ZERO);
+        for row in (0..x.rows).step_by(BLOCK) {
+            pack::rows(x.part(row..row + BLOCK, inner.clone()), packed);
+            for (panel, b) in panels.chunks_exact(tiles * TILE_LINES).enumerate() {
+                let col = panel * BLOCK;
+                let target = Target {
+                    out: &mut data[row * stride + col..],
+                    stride,
+                    rows: x.rows - row,
+                    cols: n - col,
+                    add: add || first_tile > 0,
+                };
+                session.block_into(packed, &b[inner_lines.clone()], target, &mut sums);
             }
         }
     }

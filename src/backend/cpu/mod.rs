@@ -121,6 +121,26 @@ impl BlockOps for Cpu {
         linear::linear(x, weight, bias)
     }
 
+    fn linear_add(
+        &self,
+        residual: &mut CpuMatrix,
+        x: &CpuMatrix,
+        weight: &CpuWeight,
+        bias: Option<&CpuMatrix>,
+    ) -> Result<()> {
+        linear::linear_add(residual, x, weight, bias)
+    }
+
+    fn linear_gated(
+        &self,
+        x: &CpuMatrix,
+        weight: &CpuWeight,
+        bias: Option<&CpuMatrix>,
+        activation: Activation,
+    ) -> Result<CpuMatrix> {
+        linear::linear_gated(self.products, x, weight, bias, activation)
+    }
+
     fn rms_norm(&self, x: &CpuMatrix, gain: &CpuMatrix, eps: f32) -> Result<CpuMatrix> {
         norm::rms_norm(self.products, x, gain, eps)
     }
@@ -154,16 +174,8 @@ impl BlockOps for Cpu {
         attention::causal_attention(self.products, qkv, shape, lens)
     }
 
-    fn gated_activation(&self, gate_up: &CpuMatrix, activation: Activation) -> Result<CpuMatrix> {
-        activation::gated_activation(self.products, gate_up, activation)
-    }
-
     fn activation(&self, x: &CpuMatrix, activation: Activation) -> Result<CpuMatrix> {
         Ok(activation::activation(self.products, x, activation))
-    }
-
-    fn add_assign(&self, x: &mut CpuMatrix, y: &CpuMatrix) -> Result<()> {
-        activation::add_assign(x, y)
     }
 
     fn token_nll(&self, logits: &CpuMatrix, targets: &[u32]) -> Result<Vec<f64>> {
@@ -172,8 +184,8 @@ impl BlockOps for Cpu {
 }
 
 impl StatOps for Cpu {
-    fn gram_accumulate(&self, h: &mut CpuMatrix, x: &CpuMatrix, scale: f32) -> Result<()> {
-        gram::gram_accumulate(self.products, h, x, scale)
+    fn gram_accumulate(&self, h: &mut CpuMatrix, x: &CpuMatrix) -> Result<()> {
+        gram::gram_accumulate(self.products, h, x)
     }
 
     fn column_sq_norm(&self, sums: &mut CpuMatrix, x: &CpuMatrix) -> Result<()> {

@@ -7,7 +7,7 @@ use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
 use std::sync::OnceLock;
 
-use super::{Line, Sums, TILE_LINES};
+use super::{Line, TILE_LINES};
 
 /// Whether the processor has bf16 tiles and the system lets this process use them.
 pub(super) fn is_available() -> bool {
@@ -105,49 +105,78 @@ pub(super) unsafe fn release() {
     unsafe { asm!("tilerelease", options(nostack, nomem)) };
 }
 
-/// `sums = a b`.
+/// `out = a b`, or `out += a b`, for the 32 × 32 block at `out`, rows `stride` values apart.
 ///
 /// # Safety
 /// AMX must be available and [`configure`] called on this thread; `a` and `b` must hold the same
-/// number of whole tiles.
-pub(super) unsafe fn block(a: &[Line], b: &[Line], sums: &mut Sums) {
+/// number of whole tiles; `out` must be valid for the whole block: 31 strides and 32 values.
+pub(super) unsafe fn block(a: &[Line], b: &[Line], out: *mut f32, stride: usize, add: bool) {
     let tiles = a.len() / TILE_LINES;
-    if tiles == 0 {
-        *sums = Sums::ZERO;
-        return;
+    let row = stride * size_of::<f32>();
+    // The lower half of the block starts 16 rows further down.
+    let low = out.wrapping_add(16 * stride);
+    if add {
+        // SAFETY: both halves of the block are valid by the contract.
+        unsafe {
+            asm!(
+                "tileloadd tmm0, [{out} + {row}]",
+                "tileloadd tmm1, [{out} + {row} + 64]",
+                "tileloadd tmm2, [{low} + {row}]",
+                "tileloadd tmm3, [{low} + {row} + 64]",
+                out = in(reg) out,
+                low = in(reg) low,
+                row = in(reg) row,
+                options(nostack, readonly),
+            );
+        }
+    } else {
+        // SAFETY: only tile registers change.
+        unsafe {
+            asm!(
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
+                options(nostack, nomem)
+            );
+        }
     }
-    // SAFETY: per inner tile the loop reads 2048 bytes of each operand, which is a tile's
-    // TILE_LINES lines of 64 bytes; the stores fill the 32 × 32 block of sums (rows of 128 bytes).
-    // Tile registers belong to this module.
+    if tiles > 0 {
+        // SAFETY: per inner tile the loop reads 2048 bytes of each operand, which is a tile's
+        // TILE_LINES lines of 64 bytes. Tile registers belong to this module.
+        unsafe {
+            asm!(
+                "2:",
+                "tileloadd tmm4, [{a} + {line}]",
+                "tileloadd tmm6, [{b} + {line}]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm7, [{b} + {line} + 1024]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tileloadd tmm5, [{a} + {line} + 1024]",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "add {a}, 2048",
+                "add {b}, 2048",
+                "dec {tiles}",
+                "jnz 2b",
+                a = inout(reg) a.as_ptr() => _,
+                b = inout(reg) b.as_ptr() => _,
+                tiles = inout(reg) tiles => _,
+                line = in(reg) 64usize,
+                options(nostack, readonly),
+            );
+        }
+    }
+    // SAFETY: both halves of the block are valid by the contract.
     unsafe {
         asm!(
-            "tilezero tmm0",
-            "tilezero tmm1",
-            "tilezero tmm2",
-            "tilezero tmm3",
-            "2:",
-            "tileloadd tmm4, [{a} + {line}]",
-            "tileloadd tmm6, [{b} + {line}]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tileloadd tmm7, [{b} + {line} + 1024]",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "tileloadd tmm5, [{a} + {line} + 1024]",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            "add {a}, 2048",
-            "add {b}, 2048",
-            "dec {tiles}",
-            "jnz 2b",
-            "tilestored [{sums} + {row}], tmm0",
-            "tilestored [{sums} + {row} + 64], tmm1",
-            "tilestored [{sums} + {row} + 2048], tmm2",
-            "tilestored [{sums} + {row} + 2112], tmm3",
-            a = inout(reg) a.as_ptr() => _,
-            b = inout(reg) b.as_ptr() => _,
-            tiles = inout(reg) tiles => _,
-            sums = in(reg) &raw mut *sums,
-            line = in(reg) 64usize,
-            row = in(reg) 128usize,
+            "tilestored [{out} + {row}], tmm0",
+            "tilestored [{out} + {row} + 64], tmm1",
+            "tilestored [{low} + {row}], tmm2",
+            "tilestored [{low} + {row} + 64], tmm3",
+            out = in(reg) out,
+            low = in(reg) low,
+            row = in(reg) row,
             options(nostack),
         );
     }

@@ -108,7 +108,7 @@ impl Session {
         match self.isa {
             // SAFETY: AMX is available, the session configured the tiles, and both operands hold
             // the same number of whole tiles.
-            Isa::Amx => unsafe { amx::block(a, b, sums) },
+            Isa::Amx => unsafe { amx::block(a, b, sums.0.as_mut_ptr(), BLOCK, false) },
             // SAFETY: AVX512-BF16 is available.
             Isa::Avx512 => unsafe { avx512::block(a, b, sums) },
         }
@@ -128,6 +128,46 @@ impl Session {
         #[cfg(not(target_arch = "x86_64"))]
         unreachable!("{x:p} {shift} {row} {strip:p}: no session starts without instructions");
     }
+
+    /// Computes the block of `out` at `a`'s rows and `b`'s columns: `out = a b`, or `out += a b`.
+    /// `out` starts at the block; `rows × cols` of it exist, rows `stride` values apart.
+    ///
+    /// # Panics
+    /// As [`block`](Self::block); when `out` is too short.
+    pub(super) fn block_into(&self, a: &[Line], b: &[Line], out: Target<'_>, sums: &mut Sums) {
+        let Target { out, stride, rows, cols, add } = out;
+        #[cfg(target_arch = "x86_64")]
+        if self.isa == Isa::Amx && rows >= BLOCK && cols >= BLOCK {
+            assert!(a.len() == b.len() && a.len().is_multiple_of(TILE_LINES), "unequal tiles");
+            assert!(out.len() >= (BLOCK - 1) * stride + BLOCK, "a block beyond the result");
+            // SAFETY: AMX is available, the session configured the tiles, both operands hold the
+            // same number of whole tiles, and the whole block lies in `out`.
+            unsafe { amx::block(a, b, out.as_mut_ptr(), stride, add) };
+            return;
+        }
+        self.block(a, b, sums);
+        let (rows, cols) = (rows.min(BLOCK), cols.min(BLOCK));
+        let end = rows.saturating_sub(1) * stride + cols;
+        let out = &mut out[..end];
+        if !add {
+            out.chunks_mut(stride).for_each(|out| out[..cols].fill(0.0));
+        }
+        add_block(sums, out, stride, cols);
+    }
+}
+
+/// Where a block product goes.
+pub(super) struct Target<'a> {
+    /// The result from the block's first element on.
+    pub(super) out: &'a mut [f32],
+    /// Values from one row to the next.
+    pub(super) stride: usize,
+    /// Rows from here to the end of the result.
+    pub(super) rows: usize,
+    /// Columns from here to the end of the result.
+    pub(super) cols: usize,
+    /// Whether the product is added to what is there.
+    pub(super) add: bool,
 }
 
 impl Drop for Session {
@@ -159,25 +199,13 @@ fn transpose_tiles(lines: &mut [Line]) {
 }
 
 vectorised! {
-    /// `out += factor · sums` for the `cols` first columns of as many rows as `out` has, `stride`
-    /// values apart.
-    pub(super) fn add_block<'a>(
-        sums: &'a Sums,
-        factor: f32,
-        out: &'a mut [f32],
-        stride: usize,
-        cols: usize,
-    ) {
+    /// `out += sums` for the `cols` first columns of as many rows as `out` has, `stride` values
+    /// apart.
+    fn add_block<'a>(sums: &'a Sums, out: &'a mut [f32], stride: usize, cols: usize) {
         let (rows, _) = sums.0.as_chunks::<BLOCK>();
         for (sums, out) in rows.iter().zip(out.chunks_mut(stride)) {
-            if let (BLOCK, Some(out)) = (cols, out.first_chunk_mut::<BLOCK>()) {
-                for (out, sum) in out.iter_mut().zip(sums) {
-                    *out += factor * sum;
-                }
-            } else {
-                for (out, sum) in out[..cols].iter_mut().zip(sums) {
-                    *out += factor * sum;
-                }
+            for (out, sum) in out[..cols].iter_mut().zip(sums) {
+                *out += sum;
             }
         }
     }
