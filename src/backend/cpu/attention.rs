@@ -9,10 +9,10 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::bf16::pack::{self, Source};
-use super::bf16::{BLOCK, Isa, Line, Session, Sums, TILE_LINES};
+use super::bf16::{BLOCK, Isa, Line, Session, Sums, TILE_LINES, Target};
 use super::linalg::{self, Into, View, ViewMut};
 use super::matrix::strip_len;
-use super::simd::{self, vectorised};
+use super::simd;
 use super::{CpuMatrix, Products};
 use crate::backend::{AttentionShape, HostData, Result, SequenceLens};
 
@@ -213,7 +213,7 @@ struct QueryStrip {
     scale: f32,
     head_dim: usize,
     queries: Vec<Line>,
-    /// Scores `[32, keys]`, keys padded to a panel.
+    /// Scores `[32, keys]` before scaling, keys padded to a panel.
     scores: Vec<f32>,
     /// Unnormalised probabilities, packed.
     probabilities: Vec<Line>,
@@ -248,8 +248,15 @@ impl QueryStrip {
         let panels = positions.end.div_ceil(BLOCK);
         let keys = panels * BLOCK;
         for (panel, k) in kv.keys.chunks_exact(queries.len()).take(panels).enumerate() {
-            session.block(queries, k, sums);
-            store_scaled(sums, self.scale, &mut scores[panel * BLOCK..], keys);
+            let col = panel * BLOCK;
+            let out = Target {
+                out: &mut scores[col..],
+                stride: keys,
+                rows: BLOCK,
+                cols: keys - col,
+                add: false,
+            };
+            session.block_into(queries, k, out, sums);
         }
         let probabilities = &mut probabilities[..panels * TILE_LINES];
         let mut factors = [0.0; BLOCK];
@@ -257,7 +264,7 @@ impl QueryStrip {
             let scores = &mut scores[row * keys..][..keys];
             scores[position + 1..].fill(f32::NEG_INFINITY);
             let max = simd::max(scores);
-            factors[row] = 1.0 / session.exp_row(scores, max, row, probabilities);
+            factors[row] = 1.0 / session.exp_row(scores, max, self.scale, row, probabilities);
         }
         let values = kv.values.len() / self.head_dim.div_ceil(BLOCK);
         for (panel, v) in kv.values.chunks_exact(values).enumerate() {
@@ -268,18 +275,6 @@ impl QueryStrip {
             for ((sums, factor), out) in rows.take(positions.len()) {
                 simd::scale(sums, factor);
                 simd::narrow(&sums[..cols], &mut out[first..first + cols]);
-            }
-        }
-    }
-}
-
-vectorised! {
-    /// Writes `factor · sums` to rows `stride` values apart.
-    fn store_scaled<'a>(sums: &'a Sums, factor: f32, out: &'a mut [f32], stride: usize) {
-        let (rows, _) = sums.0.as_chunks::<BLOCK>();
-        for (sums, out) in rows.iter().zip(out.chunks_mut(stride)) {
-            for (out, sum) in out[..BLOCK].iter_mut().zip(sums) {
-                *out = factor * sum;
             }
         }
     }

@@ -16,8 +16,8 @@ use crate::backend::Result;
 
 /// Features of a strip of an f32 Gram matrix.
 const F32_STRIP: usize = 128;
-/// Tokens packed at a time.
-const PACKED_TOKENS: usize = 2048;
+/// Tokens packed at a time: the panels of 1536 features stay in the second-level cache.
+const PACKED_TOKENS: usize = 512;
 /// Lines of a strip multiplied at a time: 16 KiB, a third of the first-level cache.
 const PART_LINES: usize = 8 * TILE_LINES;
 

@@ -129,13 +129,6 @@ vectorised! {
 #[allow(clippy::inline_always, reason = "part of vectorised bodies")]
 #[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {
-    exp_with(x, |a, b, c| a * b + c)
-}
-
-/// [`exp`] with the caller's `a b + c`: fused where the caller's instruction set surely has it.
-#[allow(clippy::inline_always, reason = "part of vectorised bodies")]
-#[inline(always)]
-pub(super) fn exp_with(x: f32, muladd: impl Fn(f32, f32, f32) -> f32) -> f32 {
     // Adding and taking away 1.5 · 2²³ rounds to an integer.
     const ROUND: f32 = 12_582_912.0;
     // ln 2 in two parts, the first exact in products with |n| < 2¹¹.
@@ -143,12 +136,12 @@ pub(super) fn exp_with(x: f32, muladd: impl Fn(f32, f32, f32) -> f32) -> f32 {
     const LN2_LOW: f32 = -2.121_944_4e-4;
     let clamped = if x < -87.3 { -87.3 } else { x };
     let clamped = if clamped > 88.0 { 88.0 } else { clamped };
-    let shifted = muladd(clamped, std::f32::consts::LOG2_E, ROUND);
+    let shifted = clamped * std::f32::consts::LOG2_E + ROUND;
     let n = shifted - ROUND;
-    let r = muladd(n, -LN2_LOW, muladd(n, -LN2_HIGH, clamped));
+    let r = (clamped - n * LN2_HIGH) - n * LN2_LOW;
     let mut p = 1.0 / 720.0;
     for coefficient in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
-        p = muladd(p, r, coefficient);
+        p = p * r + coefficient;
     }
     // The low bits of `shifted` hold n; moved to the exponent field they make 2ⁿ.
     let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(0x3F80_0000));

@@ -116,17 +116,27 @@ impl Session {
         unreachable!("{sums:p}: no session starts without instructions");
     }
 
-    /// Packs `e^(x − shift)` as row `row` of a strip of `A` and returns the sum before rounding;
-    /// `x` has the inner length of the strip. Denormal results become 0.
+    /// Packs `e^(factor · (x − shift))` as row `row` of a strip of `A` and returns the sum before
+    /// rounding; `x` has the inner length of the strip, and no value is above `shift`. Denormal
+    /// results count as 0 in products.
     #[allow(clippy::unused_self, reason = "a session proves that the instructions exist")]
-    pub(super) fn exp_row(&self, x: &[f32], shift: f32, row: usize, strip: &mut [Line]) -> f32 {
+    pub(super) fn exp_row(
+        &self,
+        x: &[f32],
+        shift: f32,
+        factor: f32,
+        row: usize,
+        strip: &mut [Line],
+    ) -> f32 {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: every instruction set for bf16 products comes with AVX512-BF16.
         unsafe {
-            avx512::exp_row(x, shift, row, strip)
+            avx512::exp_row(x, shift, factor, row, strip)
         }
         #[cfg(not(target_arch = "x86_64"))]
-        unreachable!("{x:p} {shift} {row} {strip:p}: no session starts without instructions");
+        unreachable!(
+            "{x:p} {shift} {factor} {row} {strip:p}: no session starts without instructions"
+        );
     }
 
     /// Computes the block of `out` at `a`'s rows and `b`'s columns: `out = a b`, or `out += a b`.
