@@ -157,16 +157,16 @@ pub(super) fn linear_gated(
             let width = chunk.min(features - first);
             let stride = 2 * width;
             let buffer = &mut buffer[..rows * stride];
-            let halves = if aligned {
-                vec![first..first + width, features + first..features + first + width]
-            } else {
-                vec![0..2 * features]
-            };
-            for (half, columns) in halves.into_iter().enumerate() {
-                let data = &mut buffer[half * width..];
+            let mut compute = |columns: Range<usize>, data: &mut [f32]| {
                 product.set_bias(columns.clone(), data, stride);
                 let out = Out { data, stride, add: product.bias.is_some() };
                 product.compute(index * strip, columns, out, &mut scratch);
+            };
+            if aligned {
+                compute(first..first + width, buffer);
+                compute(features + first..features + first + width, &mut buffer[width..]);
+            } else {
+                compute(0..2 * features, buffer);
             }
             for (row, values) in buffer.chunks_exact_mut(stride).enumerate() {
                 let (gate, up) = values.split_at_mut(width);

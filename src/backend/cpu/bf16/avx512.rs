@@ -7,6 +7,7 @@ use std::arch::x86_64::{
     _mm512_shuffle_i32x4, _mm512_store_ps, _mm512_store_si512, _mm512_sub_ps,
     _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
 };
+use std::f32::consts::{LN_2, LOG2_E};
 use std::mem::transmute;
 
 use super::{BLOCK, Line, Sums, TILE_K, TILE_LINES};
@@ -74,8 +75,8 @@ fn as_bf16(pairs: __m512i) -> __m512bh {
 #[target_feature(enable = "avx512f,avx512bf16,fma")]
 pub(super) fn exp_row(x: &[f32], shift: f32, factor: f32, row: usize, strip: &mut [Line]) -> f32 {
     // (ln 2)ᵏ / k!, highest first.
-    const TAYLOR: [f32; 5] = [0.009_618_129, 0.055_504_11, 0.240_226_5, 0.693_147_2, 1.0];
-    let factor = factor * std::f32::consts::LOG2_E;
+    const TAYLOR: [f32; 5] = [0.009_618_129, 0.055_504_11, 0.240_226_5, LN_2, 1.0];
+    let factor = factor * LOG2_E;
     let (slope, offset) = (_mm512_set1_ps(factor), _mm512_set1_ps(factor * shift));
     let floor = _mm512_set1_ps(-127.0);
     let exp = |x: __m512| {
