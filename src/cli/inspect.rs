@@ -10,7 +10,7 @@ use super::{CliError, Status, render};
 use crate::model::{ModelSource, TensorKind};
 
 /// Groups that are looked for, sparsest first: the first that fits is reported.
-const PATTERNS: [(usize, usize); 5] = [(1, 4), (2, 4), (4, 8), (6, 8), (8, 16)];
+const PATTERNS: [(usize, usize); 5] = [(1, 4), (2, 4), (4, 8), (8, 16), (6, 8)];
 
 #[derive(Debug, Args)]
 pub(super) struct InspectArgs {
