@@ -9,5 +9,6 @@ mod layering;
 mod malformed;
 mod memory;
 mod parity;
+mod pipeline;
 mod quality;
 mod resume;

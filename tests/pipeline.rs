@@ -1,0 +1,399 @@
+//! Whole conversions through the library: every model family, method and format.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use serde_json::{Map, Value};
+use sparsepack::{
+    backend::DeviceOptions,
+    calibration::{CalibrationSet, Sampling},
+    compress::{Method, Sparsity},
+    model::ModelSource,
+    pipeline::{
+        ConversionPlan, MANIFEST, Manifest, NoProgress, RunOptions, VerifyOptions, convert, verify,
+    },
+    recipe::{CalibrationRecipe, OutputFormat, OutputRecipe, PruneRecipe, Recipe, Sequential},
+};
+use sparsepack_formats::Encoding;
+
+use crate::harness::{
+    Command, Dir, Tensor, assert_same_files, convert as convert_command, copy_dir, fixture, noise,
+    read_tensors, root, write_tensors,
+};
+
+const WINDOWS: usize = 4;
+const WINDOW: usize = 32;
+
+fn recipe(method: Method, sparsity: &str, format: OutputFormat) -> Recipe {
+    let sparsity: Sparsity = sparsity.parse().unwrap();
+    let calibrated = method != Method::Magnitude;
+    Recipe {
+        prune: Some(PruneRecipe::new(method, sparsity)),
+        calibration: CalibrationRecipe {
+            // The windows are made here; the name only says that there are some.
+            file: calibrated.then(|| PathBuf::from("ids")),
+            samples: WINDOWS,
+            seq_len: WINDOW,
+            seed: None,
+        },
+        output: OutputRecipe { format: Some(format), dtype: None },
+        ..Recipe::default()
+    }
+}
+
+fn with(mut recipe: Recipe, change: impl FnOnce(&mut PruneRecipe)) -> Recipe {
+    change(recipe.prune.as_mut().unwrap());
+    recipe
+}
+
+/// Converts with calibration windows of ids that look random.
+fn run(model: &Path, recipe: &Recipe, out: &Path) -> ConversionPlan {
+    let source = ModelSource::open(model).unwrap();
+    let plan = ConversionPlan::new(&source, recipe).unwrap();
+    let vocab = source.config().vocab_size as f32;
+    let noise = noise(11, WINDOWS * WINDOW);
+    let ids: Vec<u32> = noise.iter().map(|value| ((value + 0.5) * vocab) as u32).collect();
+    let sampling = Sampling { samples: WINDOWS, seq_len: WINDOW, seed: None };
+    let set = CalibrationSet::from_ids(Path::new("ids"), &ids, sampling).unwrap();
+    let calibration = recipe.calibration.file.is_some().then_some(&set);
+    let options = RunOptions {
+        resume: false,
+        checkpoint_interval: Duration::from_hours(1),
+        memory_bytes: None,
+    };
+    let device = DeviceOptions::default();
+    convert(&source, &plan, calibration, out, device, options, &NoProgress).unwrap();
+    plan
+}
+
+/// The output holds what the plan said, to the byte and to the zero.
+fn check_against_plan(out: &Path, plan: &ConversionPlan, what: &str) {
+    let manifest = Manifest::read(out).unwrap();
+    let reader = sparsepack_formats::open(out).unwrap();
+    assert_eq!(manifest.tensors.len(), plan.outputs.len(), "{what}");
+    assert_eq!(manifest.totals.bytes, plan.output_bytes, "{what}");
+    let stored: u64 = reader.tensors().iter().map(|info| info.stored_bytes).sum();
+    assert_eq!(stored, plan.output_bytes, "{what}");
+    for (output, record) in plan.outputs.iter().zip(&manifest.tensors) {
+        let what = format!("{what}: {}", output.name);
+        assert_eq!(record.name, output.name, "{what}");
+        let bytes: u64 = record.components.iter().map(|component| component.bytes).sum();
+        assert_eq!(bytes, output.bytes, "{what}");
+        let info = reader.tensors().get(&output.name).unwrap();
+        assert_eq!((info.stored_bytes, info.encoding), (output.bytes, output.encoding), "{what}");
+        let mut layers = plan.blocks.iter().flat_map(|block| &block.layers);
+        let layer = layers.find(|layer| output.name == format!("{}.weight", layer.module));
+        assert_eq!(record.pruned.is_some(), layer.is_some(), "{what}");
+        let (Some(layer), Some(pruned)) = (layer, &record.pruned) else { continue };
+        let planned = (layer.rows * layer.cols) as u64 / 2;
+        assert_eq!(pruned.report.zeroed, planned, "{what}");
+        let values = reader.read_f32(&output.name).unwrap();
+        let zeros = values.iter().filter(|value| **value == 0.0).count() as u64;
+        assert_eq!(zeros, planned, "{what}");
+    }
+    let pruned: usize = plan.blocks.iter().map(|block| block.layers.len()).sum();
+    let packed =
+        reader.tensors().iter().filter(|info| matches!(info.encoding, Encoding::Sparse24 { .. }));
+    if plan.format == OutputFormat::Packed {
+        assert_eq!(packed.count(), pruned, "{what}");
+    }
+}
+
+fn every_method_and_format(name: &str) {
+    let dir = Dir::new();
+    let model = fixture(name);
+    for method in [Method::Magnitude, Method::Wanda, Method::SparseGpt] {
+        for (format, sparsity) in
+            [(OutputFormat::Safetensors, "50%"), (OutputFormat::Packed, "2:4")]
+        {
+            let what = format!("{name} {} {sparsity}", method.name());
+            let out = dir.join(&what.replace(['/', ':', '%'], "-"));
+            let sequential = if sparsity == "50%" { Sequential::Block } else { Sequential::True };
+            let recipe =
+                with(recipe(method, sparsity, format), |prune| prune.sequential = sequential);
+            let plan = run(&model, &recipe, &out);
+            let report = verify(&out, None, &VerifyOptions::default()).unwrap();
+            assert_eq!(report.findings, [], "{what}");
+            check_against_plan(&out, &plan, &what);
+            ModelSource::open(&out).unwrap();
+            if method == Method::SparseGpt {
+                let again = dir.join("again");
+                run(&model, &recipe, &again);
+                assert_same_files(&out, &again);
+                fs::remove_dir_all(again).unwrap();
+            }
+        }
+    }
+}
+
+macro_rules! families {
+    ($($test:ident: $name:literal;)*) => {
+        $(#[test] fn $test() { every_method_and_format($name); })*
+    };
+}
+
+families! {
+    llama_with_grouped_heads: "tiny/llama-gqa";
+    llama_in_shards: "tiny/llama-sharded";
+    llama_with_a_tied_head: "tiny/llama-mha-tied";
+    llama_with_scaled_rope: "tiny/llama3-rope";
+    mistral: "tiny/mistral";
+    qwen2: "tiny/qwen2";
+    opt: "tiny/opt";
+    llama_from_gguf: "tiny/llama-gqa.gguf";
+    qwen2_from_gguf: "tiny/qwen2.gguf";
+}
+
+fn magnitude_2_of_4() -> Recipe {
+    recipe(Method::Magnitude, "2:4", OutputFormat::Safetensors)
+}
+
+fn by_name(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    read_tensors(dir).into_iter().map(|tensor| (tensor.name, tensor.bytes)).collect()
+}
+
+#[test]
+fn a_tied_head_stays_tied() {
+    for name in ["tiny/llama-mha-tied", "tiny/qwen2", "tiny/opt", "tiny/qwen2.gguf"] {
+        let dir = Dir::new();
+        let out = dir.join("out");
+        run(&fixture(name), &magnitude_2_of_4(), &out);
+        let names = by_name(&out);
+        assert!(!names.keys().any(|name| name.contains("lm_head")), "{name}");
+        assert!(ModelSource::open(&out).unwrap().config().tie_word_embeddings, "{name}");
+    }
+}
+
+#[test]
+fn only_the_blocks_asked_for_are_pruned() {
+    let dir = Dir::new();
+    let out = dir.join("out");
+    let model = fixture("tiny/llama-gqa");
+    let recipe = with(recipe(Method::SparseGpt, "2:4", OutputFormat::Safetensors), |prune| {
+        prune.blocks = Some("1..2".parse().unwrap());
+    });
+    run(&model, &recipe, &out);
+    let (before, after) = (by_name(&model), by_name(&out));
+    for (name, bytes) in &before {
+        let pruned = name.contains("layers.1.") && name.contains("_proj");
+        assert_eq!(*bytes != after[name], pruned, "{name}");
+    }
+}
+
+#[test]
+fn what_is_not_pruned_keeps_its_bytes() {
+    for name in ["tiny/opt", "tiny/mistral", "tiny/llama-sharded", "tiny/llama-mha-tied"] {
+        let dir = Dir::new();
+        let out = dir.join("out");
+        run(&fixture(name), &Recipe::default(), &out);
+        assert!(by_name(&fixture(name)) == by_name(&out), "{name}");
+    }
+}
+
+#[test]
+fn tensors_of_no_known_role_are_carried_over() {
+    let dir = Dir::new();
+    let (model, out) = (dir.join("model"), dir.join("out"));
+    copy_dir(&fixture("tiny/llama-gqa"), &model);
+    let mut tensors = read_tensors(&model);
+    tensors.push(Tensor::f32("score.weight", &[2, 32], &noise(3, 64)));
+    write_tensors(&model, &tensors);
+    run(&model, &magnitude_2_of_4(), &out);
+    assert_eq!(by_name(&out)["score.weight"], by_name(&model)["score.weight"]);
+}
+
+#[test]
+fn both_orders_solve_differently() {
+    let dir = Dir::new();
+    let outs = [Sequential::True, Sequential::Block].map(|order| {
+        let out = dir.join(&format!("{order:?}"));
+        let recipe = with(recipe(Method::SparseGpt, "2:4", OutputFormat::Packed), |prune| {
+            prune.sequential = order;
+        });
+        run(&fixture("tiny/llama-gqa"), &recipe, &out);
+        out
+    });
+    // The first linears of the first block see the same inputs in both; the last of it do not.
+    let record = |out: &Path, name: &str| {
+        let manifest = Manifest::read(out).unwrap();
+        let found = manifest.tensors.into_iter().find(|tensor| tensor.name == name);
+        found.unwrap().components
+    };
+    let same = |name: &str| record(&outs[0], name) == record(&outs[1], name);
+    assert!(same("model.layers.0.self_attn.q_proj.weight"));
+    assert!(!same("model.layers.0.mlp.down_proj.weight"));
+}
+
+#[test]
+fn threads_do_not_change_a_byte() {
+    let dir = Dir::new();
+    let outs = ["1", "2", "3"].map(|threads| {
+        let out = dir.join(threads);
+        convert_command(&fixture("model"), &out)
+            .args(crate::harness::CALIBRATION)
+            .args(["--prune", "sparsegpt", "--sparsity", "2:4", "--threads", threads])
+            .succeeds();
+        out
+    });
+    assert_same_files(&outs[0], &outs[1]);
+    assert_same_files(&outs[0], &outs[2]);
+}
+
+#[test]
+fn the_manifest_says_nothing_about_the_machine() {
+    let dir = Dir::new();
+    let model = dir.join("model");
+    copy_dir(&fixture("model"), &model);
+    let out = dir.join("out");
+    convert_command(&model, &out)
+        .args(crate::harness::CALIBRATION)
+        .args(["--prune", "wanda", "--sparsity", "2:4"])
+        .succeeds();
+    let text = fs::read_to_string(out.join(MANIFEST)).unwrap();
+    let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let places = [dir.path().to_str().unwrap(), root().to_str().unwrap(), host.trim()];
+    for place in places.into_iter().filter(|place| !place.is_empty()) {
+        assert!(!text.contains(&format!("{place}/")) && !text.contains(&format!("\"{place}")));
+    }
+    for key in ["\"secs\"", "\"time\"", "\"date\"", "\"host\"", "\"path\""] {
+        assert!(!text.contains(key), "{key}");
+    }
+}
+
+fn json(path: &Path) -> Map<String, Value> {
+    serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
+}
+
+#[test]
+fn the_configuration_keeps_every_key() {
+    for name in ["model", "tiny/llama-mha-tied", "tiny/opt", "tiny/mistral", "tiny/qwen2"] {
+        let dir = Dir::new();
+        let out = dir.join("out");
+        run(&fixture(name), &magnitude_2_of_4(), &out);
+        let (before, after) =
+            (json(&fixture(name).join("config.json")), json(&out.join("config.json")));
+        for (key, value) in &before {
+            assert_eq!(after.get(key), Some(value), "{name}: {key}");
+        }
+        assert!(!after.contains_key("quantization_config"), "{name}");
+        assert_eq!(after["sparsepack"]["method"], "magnitude", "{name}");
+    }
+}
+
+#[test]
+fn pruned_patterns_are_found_again() {
+    let dir = Dir::new();
+    for (sparsity, pattern) in [("2:4", "2:4"), ("4:8", "4:8"), ("1:4", "1:4"), ("8:16", "8:16")] {
+        let out = dir.join(&sparsity.replace(':', "-"));
+        run(
+            &fixture("tiny/llama-gqa"),
+            &recipe(Method::SparseGpt, sparsity, OutputFormat::Safetensors),
+            &out,
+        );
+        let summary = Command::new("inspect").arg(&out).arg("--json").succeeds().json();
+        let tensors = summary["tensors"].as_array().unwrap();
+        let up = tensors.iter().find(|t| t["name"] == "model.layers.1.mlp.up_proj.weight").unwrap();
+        assert_eq!(up["pattern"], pattern, "{sparsity}");
+    }
+}
+
+// --- verify finds what changed ---
+
+struct Damaged {
+    dir: Dir,
+    out: PathBuf,
+}
+
+impl Damaged {
+    fn new() -> Self {
+        let dir = Dir::new();
+        let out = dir.join("out");
+        let recipe = recipe(Method::Magnitude, "2:4", OutputFormat::Packed);
+        run(&fixture("tiny/llama-gqa"), &recipe, &out);
+        Self { dir, out }
+    }
+
+    /// Flips a bit in the first byte of a stored component.
+    fn flip(&self, tensor: &str, component: usize) {
+        let path = self.out.join("model.safetensors");
+        let reader = sparsepack_formats::open(&self.out).unwrap();
+        let part = reader.components(tensor).unwrap()[component].to_vec();
+        drop(reader);
+        let mut bytes = fs::read(&path).unwrap();
+        let at = bytes.windows(part.len()).position(|window| window == part).unwrap();
+        bytes[at] ^= 1;
+        fs::write(path, bytes).unwrap();
+    }
+
+    /// Expects a finding about `subject`.
+    #[track_caller]
+    fn found(&self, subject: &str, what: &str) {
+        let report = Command::new("verify").arg(&self.out).arg("--json").fails(3).json();
+        let findings = report["findings"].as_array().unwrap();
+        let finding = findings.iter().find(|finding| finding["subject"] == subject);
+        let text = finding.map(|finding| finding["what"].as_str().unwrap()).unwrap_or_default();
+        assert!(text.contains(what), "{report:#}");
+    }
+}
+
+const UP: &str = "model.layers.0.mlp.up_proj.weight";
+
+#[test]
+fn verify_finds_a_flipped_value() {
+    let damaged = Damaged::new();
+    damaged.flip(UP, 0);
+    damaged.found(UP, "expected sha256");
+    let ran = Command::new("verify").arg(&damaged.out).fails(3);
+    assert!(ran.stdout().contains("1 mismatch"), "{}", ran.story());
+}
+
+#[test]
+fn verify_finds_a_flipped_position() {
+    let damaged = Damaged::new();
+    damaged.flip(UP, 1);
+    damaged.found(UP, "expected sha256");
+}
+
+#[test]
+fn verify_finds_weights_of_another_run() {
+    let damaged = Damaged::new();
+    let other = damaged.dir.join("other");
+    let recipe = recipe(Method::Wanda, "2:4", OutputFormat::Packed);
+    run(&fixture("tiny/llama-gqa"), &recipe, &other);
+    fs::copy(other.join("model.safetensors"), damaged.out.join("model.safetensors")).unwrap();
+    damaged.found(UP, "expected sha256");
+}
+
+#[test]
+fn verify_finds_a_missing_tensor_and_an_unknown_one() {
+    let dir = Dir::new();
+    let out = dir.join("out");
+    run(&fixture("tiny/llama-gqa"), &magnitude_2_of_4(), &out);
+    let mut tensors = read_tensors(&out);
+    let tensor = tensors.iter_mut().find(|tensor| tensor.name == UP).unwrap();
+    tensor.name = "stray.weight".to_owned();
+    write_tensors(&out, &tensors);
+    let damaged = Damaged { dir, out };
+    damaged.found(UP, "is in the manifest but not in the files");
+    damaged.found("stray.weight", "is in the files but not in the manifest");
+}
+
+#[test]
+fn verify_finds_a_pattern_that_does_not_hold() {
+    let dir = Dir::new();
+    let out = dir.join("out");
+    run(&fixture("tiny/llama-gqa"), &magnitude_2_of_4(), &out);
+    // A manifest that promises more than the file keeps, with honest digests.
+    let mut manifest = json(&out.join(MANIFEST));
+    for tensor in manifest["tensors"].as_array_mut().unwrap() {
+        if tensor["name"] == UP {
+            tensor["pruned"]["sparsity"] = "1:4".into();
+        }
+    }
+    fs::write(out.join(MANIFEST), serde_json::to_vec(&manifest).unwrap()).unwrap();
+    Damaged { dir, out }.found(UP, "more than 1 of 4 weights are not zero");
+}
