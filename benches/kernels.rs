@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use sparsepack::backend::cpu::Cpu;
 use sparsepack::backend::{
-    AttentionShape, BackendError, BlockOps, SequenceLens, SolveOps, StatOps, Storage, SweepRule,
+    Activation, AttentionShape, BackendError, BlockOps, SequenceLens, SolveOps, StatOps, Storage,
+    SweepRule,
 };
 
 /// How long each kernel is repeated.
@@ -35,6 +36,24 @@ fn table(cpu: &Cpu) -> Result<(), BackendError> {
         let flops = 2.0 * (tokens * input * output) as f64;
         row(&format!("linear {tokens}x{input}x{output}"), flops, || cpu.linear(&x, &weight, None))?;
     }
+    let (tokens, hidden, features) = (2048, 576, 1536);
+    let x = matrix(cpu, tokens, hidden)?;
+    let gain = matrix(cpu, 1, hidden)?;
+    row(&format!("rms_norm {tokens}x{hidden}"), 0.0, || cpu.rms_norm(&x, &gain, 1e-5))?;
+    let normed = cpu.rms_norm(&x, &gain, 1e-5)?;
+    row(&format!("finite rows {tokens}x{hidden}"), 0.0, || cpu.count_non_finite_rows(&normed))?;
+    let gate_up = cpu.prepare(&[&matrix(cpu, 2 * features, hidden)?])?;
+    let flops = 4.0 * (tokens * hidden * features) as f64;
+    let silu = Activation::Silu;
+    row(&format!("gated {tokens}x{hidden}x{features}"), flops, || {
+        cpu.linear_gated(&normed, &gate_up, None, silu)
+    })?;
+    let inner = cpu.linear_gated(&normed, &gate_up, None, silu)?;
+    let down = cpu.prepare(&[&matrix(cpu, hidden, features)?])?;
+    let mut residual = matrix(cpu, tokens, hidden)?;
+    row(&format!("residual {tokens}x{features}x{hidden}"), flops / 2.0, || {
+        cpu.linear_add(&mut residual, &inner, &down, None)
+    })?;
     for (tokens, d) in [(2048, 576), (2048, 1536), (8192, 1536)] {
         let x = operand(cpu, tokens, d)?;
         let mut h = cpu.zeros(d, d)?;

@@ -12,7 +12,7 @@ use super::linalg::{self, View, ViewMut};
 use super::matrix::{STRIP, strip_len};
 use super::simd::vectorised;
 use super::{CpuMatrix, Products};
-use crate::backend::Result;
+use crate::backend::{HostData, Result};
 
 /// Features of a strip of an f32 Gram matrix.
 const F32_STRIP: usize = 128;
@@ -128,15 +128,30 @@ vectorised! {
 
 /// Rows with a NaN or an infinity.
 pub(super) fn count_non_finite_rows(x: &CpuMatrix) -> usize {
-    (0..x.rows.div_ceil(STRIP))
-        .into_par_iter()
-        .map(|strip| {
-            let mut scratch = Vec::new();
-            let first = strip * STRIP;
-            let rows = x.rows_f32(first..x.rows.min(first + STRIP), &mut scratch);
-            rows.chunks_exact(x.cols.max(1)).filter(|row| has_non_finite(row)).count()
-        })
-        .sum()
+    let cols = x.cols.max(1);
+    let count =
+        |bad: &dyn Fn(usize) -> bool, rows: usize| (0..rows).filter(|row| bad(*row)).count();
+    match &x.data {
+        HostData::F32(values) => values
+            .par_chunks(strip_len(STRIP, x.cols))
+            .map(|strip| {
+                count(&|row| has_non_finite(&strip[row * cols..][..cols]), strip.len() / cols)
+            })
+            .sum(),
+        HostData::Bf16(values) => values
+            .par_chunks(strip_len(STRIP, x.cols))
+            .map(|strip| {
+                count(&|row| has_non_finite_bf16(&strip[row * cols..][..cols]), strip.len() / cols)
+            })
+            .sum(),
+    }
+}
+
+vectorised! {
+    /// Whether an exponent is all ones.
+    fn has_non_finite_bf16<'a>(x: &'a [bf16]) -> bool {
+        x.iter().fold(false, |found, x| found | (x.to_bits() & 0x7F80 == 0x7F80))
+    }
 }
 
 vectorised! {
