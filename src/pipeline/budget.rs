@@ -13,8 +13,9 @@ use crate::{
 /// large enough to be fast; a longer sequence is a batch of its own.
 pub(super) const BATCH_TOKENS: usize = 2048;
 
-/// Code, allocator, thread stacks and queues, which no formula counts.
-const FIXED_BYTES: u64 = 48 << 20;
+/// Tokenizer and text, code, allocator, thread stacks and queues, which no formula counts; measured on
+/// a model too small to matter.
+const FIXED_BYTES: u64 = 128 << 20;
 
 /// Memory at the peak of a conversion, by purpose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]

@@ -17,9 +17,11 @@ use crate::harness::{Command, Dir, convert, root};
 /// windows of 2048 tokens, all 22 held-out windows of 2048 tokens, the texts of `fixtures/text`.
 const REFERENCE: f64 = 89.69;
 
-/// How much worse than the reference is still as good: masks differ in single weights and bf16
-/// products round, see docs/NUMERICS.md.
-const TOLERANCE: f64 = 0.02;
+/// How much worse than the reference still passes. One-shot 2:4 of so small a model is chaotic: the
+/// rounding of bf16 products, which moves the dense perplexity by 0.03 %, moves the pruned one by up
+/// to 4 % either way through a few masks early on (README, Methods). A broken solver is far off: the
+/// next best method has twice the perplexity.
+const TOLERANCE: f64 = 0.05;
 
 /// Calibration windows of the reference, and of the smaller runs that only rank methods.
 const SAMPLES: usize = 32;
