@@ -203,7 +203,12 @@ fn phases(
 }
 
 /// What a conversion would do.
-pub(super) fn plan(source: &ModelSource, plan: &ConversionPlan) -> Result<(), CliError> {
+/// `seconds` is an estimate for this machine, where there is arithmetic to do.
+pub(super) fn plan(
+    source: &ModelSource,
+    plan: &ConversionPlan,
+    seconds: Option<f64>,
+) -> Result<(), CliError> {
     let config = source.config();
     let mut text = io::stdout().lock();
     writeln!(
@@ -261,6 +266,9 @@ pub(super) fn plan(source: &ModelSource, plan: &ConversionPlan) -> Result<(), Cl
         bytes(budget.batch_bytes)
     )?;
     writeln!(text, "  arithmetic      {:.3e} FLOP", plan.flops)?;
+    if let Some(seconds) = seconds {
+        writeln!(text, "  time            about {:.0} s on this machine", seconds.max(1.0))?;
+    }
     Ok(())
 }
 
