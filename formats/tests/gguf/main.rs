@@ -5,7 +5,6 @@ mod builder;
 mod fuzz;
 mod golden;
 mod malformed;
-mod oracle;
 mod valid;
 
 use std::path::{Path, PathBuf};

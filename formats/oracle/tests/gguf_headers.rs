@@ -3,11 +3,16 @@
 //! Only facts it gets right are compared: it sizes BF16 and other types from number 10 on as if
 //! they had blocks of 256, and it loses the types and the order of the metadata.
 
+use std::path::{Path, PathBuf};
+
 use gguf_rs::get_gguf_container_array_size;
 use sparsepack_formats::gguf::{GgufArray, GgufReader, GgufValue};
 use sparsepack_formats::{CheckpointReader, DType, Encoding, MappedFile, ModelMetadata};
 
-use crate::fixture;
+/// A file under `fixtures/`.
+fn fixture(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(path)
+}
 
 #[test]
 fn headers_agree() {
