@@ -41,6 +41,20 @@ pub(super) struct TensorSummary {
     pub(super) pattern: Option<String>,
 }
 
+impl TensorSummary {
+    /// What the headers say of a tensor.
+    fn new(name: &str, encoding: Encoding, shape: &[usize], stored_bytes: u64) -> Self {
+        Self {
+            name: name.to_owned(),
+            encoding,
+            shape: shape.to_vec(),
+            stored_bytes,
+            sparsity: None,
+            pattern: None,
+        }
+    }
+}
+
 /// A whole checkpoint.
 #[derive(Debug, Serialize)]
 pub(super) struct Summary {
@@ -78,14 +92,8 @@ fn summarise_model(source: &ModelSource, headers: bool) -> Result<Summary, CliEr
     let (mut zeros, mut weights) = (0.0, 0.0);
     let mut tensors = Vec::new();
     for tensor in source.tensors() {
-        let mut summary = TensorSummary {
-            name: tensor.name.clone(),
-            encoding: tensor.encoding,
-            shape: tensor.shape.clone(),
-            stored_bytes: tensor.stored_bytes,
-            sparsity: None,
-            pattern: None,
-        };
+        let mut summary =
+            TensorSummary::new(&tensor.name, tensor.encoding, &tensor.shape, tensor.stored_bytes);
         if !headers && tensor.encoding.value_dtype().is_float_weight() {
             let values = source.read_f32(&tensor.name)?;
             look_inside(&mut summary, &values);
@@ -111,14 +119,8 @@ fn summarise_model(source: &ModelSource, headers: bool) -> Result<Summary, CliEr
 fn summarise_tensors(reader: &dyn CheckpointReader, headers: bool) -> Result<Summary, CliError> {
     let mut tensors = Vec::new();
     for info in reader.tensors() {
-        let mut summary = TensorSummary {
-            name: info.name.clone(),
-            encoding: info.encoding,
-            shape: info.shape.clone(),
-            stored_bytes: info.stored_bytes,
-            sparsity: None,
-            pattern: None,
-        };
+        let mut summary =
+            TensorSummary::new(&info.name, info.encoding, &info.shape, info.stored_bytes);
         if !headers && info.encoding.value_dtype().is_float_weight() {
             look_inside(&mut summary, &reader.read_f32(&info.name)?);
             reader.release(&[&info.name]);

@@ -73,11 +73,6 @@ impl MemoryBudget {
             peak_bytes: hidden_bytes + block_bytes + statistics_bytes + batch_bytes + FIXED_BYTES,
         }
     }
-
-    /// The peak when activations are spilled to a file.
-    pub fn spilled_peak_bytes(&self) -> u64 {
-        self.peak_bytes - self.hidden_bytes
-    }
 }
 
 /// Weights of the linears that share the input at `point`.

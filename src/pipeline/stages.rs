@@ -7,10 +7,12 @@
 
 use std::time::Instant;
 
+use sparsepack_formats::FormatError;
+
 use super::{
     budget::{block_forward_flops, factor_flops, gram_flops, stage_weights, sweep_flops},
     error::{PipelineError, Result},
-    loader::LoadedBlock,
+    loader::{LoadedBlock, LoadedLinear},
     plan::{BlockPlan, LayerPlan},
     progress::{Phase, PhaseTimes, Progress},
 };
@@ -230,7 +232,7 @@ impl<B: Backend> StageContext<'_, B> {
             let layers = planned
                 .iter()
                 .map(|layer| {
-                    let linear = find(&loaded.linears, layer);
+                    let linear = &loaded.linears[position(&loaded.linears, layer)?];
                     Ok(Layer {
                         name: layer.module.clone(),
                         weight: b.upload(&linear.weight, linear.rows, linear.cols)?,
@@ -242,10 +244,8 @@ impl<B: Backend> StageContext<'_, B> {
             let solved =
                 solver::<B>(method, self.options).solve(b, layers, statistic, &mut spent)?;
             for (layer, solved) in planned.iter().zip(solved) {
-                let linear = loaded.linears.iter_mut().find(|linear| linear.role == layer.role);
-                if let Some(linear) = linear {
-                    linear.weight = b.download(&solved.weight)?;
-                }
+                let at = position(&loaded.linears, layer)?;
+                loaded.linears[at].weight = b.download(&solved.weight)?;
                 reports.push(solved.report);
             }
             let features = self.config.capture_width(point) as f64;
@@ -301,12 +301,12 @@ impl<B: Backend> StageContext<'_, B> {
     }
 }
 
-fn find<'a>(
-    linears: &'a [super::loader::LoadedLinear],
-    layer: &LayerPlan,
-) -> &'a super::loader::LoadedLinear {
-    // The plan was made from the same architecture table as the block.
-    linears.iter().find(|linear| linear.role == layer.role).unwrap_or(&linears[0])
+/// Where a planned layer stands among the linears of its block.
+fn position(linears: &[LoadedLinear], layer: &LayerPlan) -> Result<usize> {
+    linears.iter().position(|linear| linear.role == layer.role).ok_or_else(|| {
+        let (name, what) = (layer.module.clone(), "is planned but not in its block".to_owned());
+        FormatError::Encoding { name, what }.into()
+    })
 }
 
 fn check_finite<B: Backend>(block: usize, statistic: &Statistic<B>) -> Result<()> {
