@@ -6,7 +6,7 @@
 //! * [`open`] maps a checkpoint (a safetensors file, a directory of them, or a GGUF file),
 //!   recognised by content, and returns a [`CheckpointReader`].
 //! * [`SafetensorsWriter`] writes one: every header is laid out before the first data byte,
-//!   data streams forward into `*.part` files, and [`SafetensorsWriter::finish`] renames them.
+//!   data streams forward into `*.part` files, and [`CheckpointWriter::finish`] renames them.
 //! * [`Encoding`] says how one tensor's values become bytes.
 
 mod digest;
@@ -15,6 +15,7 @@ mod error;
 mod file;
 mod reader;
 mod tensor;
+mod writer;
 
 pub mod encoding;
 pub mod gguf;
@@ -22,9 +23,10 @@ pub mod safetensors;
 
 pub use digest::{Digest, HashingWriter};
 pub use dtype::{DType, GgmlType};
-pub use encoding::{Component, Encoding};
+pub use encoding::{Component, Encoder, Encoding};
 pub use error::{FormatError, Result};
 pub use file::OutputFile;
 pub use reader::{CheckpointReader, MappedFile, ModelMetadata, open};
-pub use safetensors::writer::{SafetensorsWriter, ShardLayout, WrittenFile};
+pub use safetensors::writer::{SafetensorsWriter, ShardLayout};
 pub use tensor::{TensorIndex, TensorInfo};
+pub use writer::{CheckpointWriter, WrittenFile};

@@ -1,6 +1,6 @@
 //! Copies a tensor from a source to an output, some rows at a time.
 
-use sparsepack_formats::{DType, Encoding, encoding};
+use sparsepack_formats::{DType, Encoder, Encoding, encoding};
 
 use super::{error::Result, plan::OutputTensor};
 use crate::model::{ModelError, ModelSource};
@@ -8,52 +8,63 @@ use crate::model::{ModelError, ModelSource};
 /// Bytes decoded at a time.
 const CHUNK_BYTES: usize = 8 << 20;
 
-/// Hands the bytes of `output`, in its element type, to `write` piece by piece. Float weights are
-/// checked to be finite. Where the source already stores that type, the bytes are the source's own.
+/// Hands the bytes of `output`'s components to `write` piece by piece. Float weights are checked to
+/// be finite. Where the source already stores the output's element type, the values are the source's
+/// own, bit for bit.
 ///
 /// # Errors
-/// A tensor that cannot be read, holds NaN or infinity, or does not fit the output type; what
-/// `write` returns.
+/// A tensor that cannot be read, holds NaN or infinity, or does not fit the output's type or
+/// encoding; what `write` returns.
 pub(super) fn copy_tensor(
     source: &ModelSource,
     output: &OutputTensor,
-    mut write: impl FnMut(Vec<u8>) -> Result<()>,
+    mut write: impl FnMut(usize, Vec<u8>) -> Result<()>,
 ) -> Result<()> {
     let tensor = source.tensor(&output.name)?;
     let dtype: DType = output.encoding.value_dtype();
-    let matrix = encoding::MatrixShape::of(&tensor.shape);
-    let as_stored =
-        tensor.encoding == (Encoding::Dense { dtype }) && tensor.permuted_heads.is_none();
-    if as_stored && !dtype.is_float_weight() {
-        for part in source.reader().components(&tensor.stored_name)? {
-            part.chunks(CHUNK_BYTES).try_for_each(|chunk| write(chunk.to_vec()))?;
-        }
-        return Ok(());
-    }
     let parts = source.reader().components(&tensor.stored_name)?;
-    // A vector is one row, but `read_rows_f32` counts its elements as rows.
-    if tensor.shape.len() < 2 {
-        let values = source.read_f32(&output.name)?;
-        source.check_finite(&output.name, &values)?;
-        return match (as_stored, parts.first()) {
-            (true, Some(bytes)) => write(bytes.to_vec()),
-            _ => write(encoded(&output.name, dtype, &values)?),
-        };
-    }
+    let own = (tensor.encoding == (Encoding::Dense { dtype }) && tensor.permuted_heads.is_none())
+        .then(|| parts[0]);
+    let mut encoder = Encoder::new(output.encoding, &output.name, &output.shape)?;
+    let mut encode = |dense: &[u8]| {
+        encoder
+            .rows(dense)?
+            .into_iter()
+            .enumerate()
+            .try_for_each(|(part, bytes)| write(part, bytes))
+    };
+    let matrix = encoding::MatrixShape::of(&tensor.shape);
     let row_bytes = matrix.cols * dtype.size_bytes();
     let rows_at_once = (CHUNK_BYTES / row_bytes.max(1)).max(1);
-    let mut row = 0;
-    while row < matrix.rows {
-        let rows = row..(row + rows_at_once).min(matrix.rows);
-        let values = source.read_rows_f32(&output.name, rows.clone())?;
-        check_finite(source, &output.name, rows.start, &values)?;
-        match (as_stored, parts.first()) {
-            (true, Some(bytes)) => {
-                write(bytes[rows.start * row_bytes..rows.end * row_bytes].to_vec())?;
-            }
-            _ => write(encoded(&output.name, dtype, &values)?)?,
+    match own {
+        Some(bytes) if !dtype.is_float_weight() => {
+            bytes.chunks((rows_at_once * row_bytes).max(1)).try_for_each(&mut encode)?;
         }
-        row = rows.end;
+        // A vector is one row, but `read_rows_f32` counts its elements as rows.
+        _ if tensor.shape.len() < 2 => {
+            let values = source.read_f32(&output.name)?;
+            source.check_finite(&output.name, &values)?;
+            match own {
+                Some(bytes) => encode(bytes)?,
+                None => encode(&encoded(&output.name, dtype, &values)?)?,
+            }
+        }
+        _ => {
+            let mut row = 0;
+            while row < matrix.rows {
+                let rows = row..(row + rows_at_once).min(matrix.rows);
+                row = rows.end;
+                let values = source.read_rows_f32(&output.name, rows.clone())?;
+                check_finite(source, &output.name, rows.start, &values)?;
+                match own {
+                    Some(bytes) => encode(&bytes[rows.start * row_bytes..rows.end * row_bytes])?,
+                    None => encode(&encoded(&output.name, dtype, &values)?)?,
+                }
+            }
+        }
+    }
+    for (component, rest) in encoder.finish()?.into_iter().enumerate() {
+        write(component, rest)?;
     }
     source.reader().release(&[&tensor.stored_name]);
     Ok(())

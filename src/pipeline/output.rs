@@ -6,7 +6,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use sparsepack_formats::{DType, Digest, ModelMetadata, OutputFile};
+use sparsepack_formats::{
+    CheckpointWriter, DType, Digest, ModelMetadata, OutputFile, SafetensorsWriter,
+};
 
 use super::{
     error::{PipelineError, Result},
@@ -17,7 +19,10 @@ use super::{
     plan::{ConversionPlan, OutputTensor},
     run::Outcome,
 };
-use crate::model::{ModelSource, Sidecar, SidecarContent};
+use crate::{
+    model::{ModelSource, Sidecar, SidecarContent},
+    recipe::OutputFormat,
+};
 
 /// Room left free beside the planned bytes, for headers and sidecars.
 const DISK_SLACK_BYTES: u64 = 16 << 20;
@@ -81,6 +86,36 @@ pub(super) fn prepare(out: &Path, source: &Path, resume: bool, bytes: u64) -> Re
         }
     }
     Ok(())
+}
+
+/// The writer of the planned container, with everything laid out in `*.part` files.
+///
+/// # Errors
+/// I/O; a layout that the container cannot hold.
+pub(super) fn create_writer(
+    plan: &ConversionPlan,
+    out: &Path,
+) -> Result<Box<dyn CheckpointWriter>> {
+    Ok(match plan.format {
+        OutputFormat::Safetensors | OutputFormat::Packed => {
+            SafetensorsWriter::create(out, &plan.shards())?
+        }
+    })
+}
+
+/// As [`create_writer`], on the `*.part` files of an interrupted run.
+///
+/// # Errors
+/// I/O; parts of another layout.
+pub(super) fn resume_writer(
+    plan: &ConversionPlan,
+    out: &Path,
+) -> Result<Box<dyn CheckpointWriter>> {
+    Ok(match plan.format {
+        OutputFormat::Safetensors | OutputFormat::Packed => {
+            SafetensorsWriter::resume(out, &plan.shards())?
+        }
+    })
 }
 
 /// Bytes that may still be written below `path`.

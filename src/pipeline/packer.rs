@@ -7,7 +7,7 @@ use std::{
     thread::JoinHandle,
 };
 
-use sparsepack_formats::{Digest, SafetensorsWriter, WrittenFile};
+use sparsepack_formats::{CheckpointWriter, Digest, WrittenFile};
 
 use super::error::{PipelineError, Result};
 
@@ -23,12 +23,12 @@ enum Job {
 #[derive(Debug)]
 pub(super) struct Packer {
     jobs: Option<SyncSender<Job>>,
-    thread: Option<JoinHandle<Result<SafetensorsWriter>>>,
+    thread: Option<JoinHandle<Result<Box<dyn CheckpointWriter>>>>,
 }
 
 impl Packer {
     /// Starts the thread.
-    pub(super) fn start(writer: SafetensorsWriter) -> Self {
+    pub(super) fn start(writer: Box<dyn CheckpointWriter>) -> Self {
         let (jobs, queue) = sync_channel(QUEUE);
         let thread = std::thread::spawn(move || write_behind(writer, &queue));
         Self { jobs: Some(jobs), thread: Some(thread) }
@@ -75,7 +75,7 @@ impl Packer {
         }
     }
 
-    fn join(&mut self) -> Result<SafetensorsWriter> {
+    fn join(&mut self) -> Result<Box<dyn CheckpointWriter>> {
         self.jobs = None;
         match self.thread.take().map(JoinHandle::join) {
             Some(Ok(result)) => result,
@@ -94,7 +94,10 @@ impl Drop for Packer {
     }
 }
 
-fn write_behind(mut writer: SafetensorsWriter, queue: &Receiver<Job>) -> Result<SafetensorsWriter> {
+fn write_behind(
+    mut writer: Box<dyn CheckpointWriter>,
+    queue: &Receiver<Job>,
+) -> Result<Box<dyn CheckpointWriter>> {
     while let Ok(job) = queue.recv() {
         match job {
             Job::Write { name, component, bytes } => writer.write(&name, component, &bytes)?,

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use sparsepack_formats::{DType, Digest, Encoding, SafetensorsWriter, encoding};
+use sparsepack_formats::{Digest, Encoder};
 
 use super::{
     error::Result,
@@ -118,14 +118,13 @@ impl<'a, B: Backend> Run<'a, B> {
             sparsepack_formats::FormatError::Json { path: job.out.into(), source }
         })?;
         let interval = job.options.checkpoint_interval;
-        let shards = plan.shards();
         let (journal, finished, writer) = if job.options.resume {
             let (journal, finished) = Journal::resume(job.out, &identity, interval)?;
             let writer = if finished.tensors.is_empty() {
                 super::output::remove_parts(job.out);
-                SafetensorsWriter::create(job.out, &shards)?
+                super::output::create_writer(plan, job.out)?
             } else {
-                let mut writer = SafetensorsWriter::resume(job.out, &shards)?;
+                let mut writer = super::output::resume_writer(plan, job.out)?;
                 for (name, digests) in &finished.tensors {
                     writer.adopt(name, digests)?;
                 }
@@ -134,7 +133,7 @@ impl<'a, B: Backend> Run<'a, B> {
             (journal, finished, writer)
         } else {
             let journal = Journal::create(job.out, &identity, interval)?;
-            (journal, Finished::default(), SafetensorsWriter::create(job.out, &shards)?)
+            (journal, Finished::default(), super::output::create_writer(plan, job.out)?)
         };
         let positions = job.calibration.map_or(0, window_of);
         let mut run = Self {
@@ -235,9 +234,8 @@ impl<'a, B: Backend> Run<'a, B> {
         let mut finish = |loaded: &mut LoadedBlock<B>, point, times: &mut PhaseTimes| {
             for linear in loaded.linears.iter_mut().filter(|linear| linear.capture == point) {
                 let output = job.plan.output(&linear.tensor)?;
-                let parts = times.time(Phase::Encode, || {
-                    encode_linear(output, linear.rows, linear.cols, &mut linear.weight)
-                })?;
+                let parts =
+                    times.time(Phase::Encode, || encode_matrix(output, &mut linear.weight))?;
                 times.time(Phase::Write, || {
                     parts.into_iter().enumerate().try_for_each(|(component, bytes)| {
                         packer.write(&output.name, component, bytes)
@@ -297,7 +295,7 @@ impl<'a, B: Backend> Run<'a, B> {
         let solver = solver::<B>(plan.method, self.job.plan.solver_options());
         for solved in solver.solve(b, vec![layer], &mut nothing, &mut spent)? {
             let mut weight = b.download(&solved.weight)?;
-            let parts = encode_linear(output, plan.rows, plan.cols, &mut weight)?;
+            let parts = encode_matrix(output, &mut weight)?;
             for (component, bytes) in parts.into_iter().enumerate() {
                 self.packer.write(&output.name, component, bytes)?;
             }
@@ -317,7 +315,9 @@ impl<'a, B: Backend> Run<'a, B> {
         }
         let start = Instant::now();
         let (source, packer) = (self.job.source, &mut self.packer);
-        super::copy::copy_tensor(source, output, |bytes| packer.write(&output.name, 0, bytes))?;
+        super::copy::copy_tensor(source, output, |component, bytes| {
+            packer.write(&output.name, component, bytes)
+        })?;
         self.times.charge(Phase::Encode, start.elapsed().as_secs_f64(), 0.0);
         self.unrecorded.push(output.name.clone());
         Ok(())
@@ -398,32 +398,21 @@ impl<'a, B: Backend> Run<'a, B> {
     }
 }
 
-/// Rounds a linear to its output type in place, so that the run goes on with what is stored, and
-/// returns the bytes of its components.
-fn encode_linear(
-    output: &OutputTensor,
-    rows: usize,
-    cols: usize,
-    weight: &mut [f32],
-) -> Result<Vec<Vec<u8>>> {
-    let dtype: DType = output.encoding.value_dtype();
-    let dense = round_to_stored(&output.name, dtype, weight)?;
-    Ok(match output.encoding {
-        Encoding::Sparse24 { .. } => {
-            let (mut values, mut metadata) = (Vec::new(), Vec::new());
-            let shape = encoding::MatrixShape { rows, cols };
-            encoding::sparse24::encode(
-                &output.name,
-                dtype,
-                shape,
-                &dense,
-                &mut values,
-                &mut metadata,
-            )?;
-            vec![values, metadata]
-        }
-        _ => vec![dense],
-    })
+/// Encodes a matrix as planned and leaves in `weight` what is stored, so that the run goes on with
+/// that. Returns the bytes of its components.
+fn encode_matrix(output: &OutputTensor, weight: &mut [f32]) -> Result<Vec<Vec<u8>>> {
+    let dense = round_to_stored(&output.name, output.encoding.value_dtype(), weight)?;
+    let mut encoder = Encoder::new(output.encoding, &output.name, &output.shape)?;
+    let mut parts = encoder.rows(&dense)?;
+    drop(dense);
+    for (part, rest) in parts.iter_mut().zip(encoder.finish()?) {
+        part.extend(rest);
+    }
+    if output.encoding.is_lossy() {
+        let stored: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
+        output.encoding.decode_all_f32(&output.name, &output.shape, &stored, weight)?;
+    }
+    Ok(parts)
 }
 
 /// Tokens of a window.

@@ -1,12 +1,15 @@
 //! How the values of one tensor become bytes, independent of the container they lie in.
 
 pub mod dense;
+mod encoder;
 pub mod ggml;
 pub mod sparse24;
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
+
+pub use encoder::Encoder;
 
 use crate::{DType, FormatError, GgmlType, Result};
 
@@ -82,6 +85,30 @@ impl Encoding {
             Self::Ggml { ty: GgmlType::BF16 } => DType::Bf16,
             Self::Ggml { .. } => DType::F32,
         }
+    }
+
+    /// Whether what is stored may differ from what was encoded.
+    pub fn is_lossy(self) -> bool {
+        !matches!(
+            self,
+            Self::Dense { .. }
+                | Self::Sparse24 { .. }
+                | Self::Ggml { ty: GgmlType::F32 | GgmlType::F16 | GgmlType::BF16 }
+        )
+    }
+
+    /// Decodes a whole tensor: [`decode_f32`](Self::decode_f32) of all its rows.
+    ///
+    /// # Errors
+    /// As [`decode_f32`](Self::decode_f32).
+    pub fn decode_all_f32(
+        self,
+        name: &str,
+        shape: &[usize],
+        parts: &[&[u8]],
+        out: &mut [f32],
+    ) -> Result<()> {
+        self.decode_f32(name, shape, parts, 0..MatrixShape::of(shape).rows, out)
     }
 
     /// Decodes rows `rows` of a tensor of `shape` from its components to f32, row-major, into `out`.

@@ -2,7 +2,7 @@
 //!
 //! Phase one lays everything out and writes complete headers; phase two takes the data of each
 //! component forward, in any interleaving of components. Nothing is buffered, and until
-//! [`SafetensorsWriter::finish`] there are only `*.part` files.
+//! [`CheckpointWriter::finish`] there are only `*.part` files.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -14,7 +14,9 @@ use super::{
     INDEX_NAME, index,
     layout::{self, FileLayout},
 };
-use crate::{Digest, Encoding, FormatError, HashingWriter, OutputFile, Result};
+use crate::{
+    CheckpointWriter, Digest, Encoding, FormatError, HashingWriter, OutputFile, Result, WrittenFile,
+};
 
 /// Bytes read at a time when an interrupted run's data is hashed again.
 const ADOPT_CHUNK: usize = 1 << 20;
@@ -27,15 +29,6 @@ pub struct ShardLayout {
     pub tensors: Vec<(String, Encoding, Vec<usize>)>,
     /// Further string pairs for the header's `__metadata__`.
     pub metadata: BTreeMap<String, String>,
-}
-
-/// A finished file.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct WrittenFile {
-    /// Final path.
-    pub path: PathBuf,
-    /// Size.
-    pub bytes: u64,
 }
 
 /// Writes safetensors shards.
@@ -74,12 +67,12 @@ enum State {
 
 impl SafetensorsWriter {
     /// Lays out and creates `*.part` files with complete headers. An existing part is an error; a
-    /// finished file of the same name is replaced by [`Self::finish`].
+    /// finished file of the same name is replaced by [`CheckpointWriter::finish`].
     ///
     /// # Errors
     /// [`FormatError`]: I/O; an encoding that cannot hold its shape or does not fit the container;
     /// names that are used twice. No part stays behind.
-    pub fn create(dir: &Path, shards: &[ShardLayout]) -> Result<Self> {
+    pub fn create(dir: &Path, shards: &[ShardLayout]) -> Result<Box<dyn CheckpointWriter>> {
         let layouts = layout::lay_out(dir, shards)?;
         let mut files = vec![];
         for layout in &layouts {
@@ -96,15 +89,15 @@ impl SafetensorsWriter {
                 return Err(error);
             }
         }
-        Ok(Self::new(dir, files, layouts))
+        Ok(Box::new(Self::new(dir, files, layouts)))
     }
 
     /// Reopens the `*.part` files of an interrupted run with the same layout. Nothing counts as
-    /// written until it is [adopted](Self::adopt).
+    /// written until it is [adopted](CheckpointWriter::adopt).
     ///
     /// # Errors
     /// [`FormatError`]: I/O; a part whose header or length differs from the layout.
-    pub fn resume(dir: &Path, shards: &[ShardLayout]) -> Result<Self> {
+    pub fn resume(dir: &Path, shards: &[ShardLayout]) -> Result<Box<dyn CheckpointWriter>> {
         let layouts = layout::lay_out(dir, shards)?;
         let mut files = vec![];
         for layout in &layouts {
@@ -120,7 +113,7 @@ impl SafetensorsWriter {
             }
             files.push(file);
         }
-        Ok(Self::new(dir, files, layouts))
+        Ok(Box::new(Self::new(dir, files, layouts)))
     }
 
     fn new(directory: &Path, files: Vec<OutputFile>, layouts: Vec<FileLayout>) -> Self {
@@ -153,12 +146,16 @@ impl SafetensorsWriter {
         Self { directory: directory.to_owned(), files, tensors, by_name, index }
     }
 
-    /// Appends bytes to component `component` of tensor `name`.
-    ///
-    /// # Errors
-    /// [`FormatError::Io`]; [`FormatError::WrongLength`] for more bytes than declared;
-    /// [`FormatError::TensorNotFound`]. Nothing is counted as written then.
-    pub fn write(&mut self, name: &str, component: usize, chunk: &[u8]) -> Result<()> {
+    fn position(&self, name: &str) -> Result<usize> {
+        self.by_name.get(name).copied().ok_or_else(|| FormatError::TensorNotFound {
+            path: self.directory.clone(),
+            name: name.to_owned(),
+        })
+    }
+}
+
+impl CheckpointWriter for SafetensorsWriter {
+    fn write(&mut self, name: &str, component: usize, chunk: &[u8]) -> Result<()> {
         let position = self.position(name)?;
         let tensor = &mut self.tensors[position];
         let file = &self.files[tensor.file];
@@ -179,23 +176,13 @@ impl SafetensorsWriter {
         Ok(())
     }
 
-    /// Digests of the components of a tensor whose bytes are all written.
-    ///
-    /// # Errors
-    /// [`FormatError::WrongLength`] when the tensor is not complete;
-    /// [`FormatError::TensorNotFound`].
-    pub fn digests(&mut self, name: &str) -> Result<Vec<Digest>> {
+    fn digests(&mut self, name: &str) -> Result<Vec<Digest>> {
         let tensor = &self.tensors[self.position(name)?];
         let file = &self.files[tensor.file];
         tensor.parts.iter().map(|part| part.digest(file)).collect()
     }
 
-    /// Marks a tensor as written by the interrupted run, after comparing the bytes with `digests`.
-    ///
-    /// # Errors
-    /// [`FormatError::Io`]; [`FormatError::InvalidTensor`] for a digest that differs, or when the
-    /// tensor was begun in this run; [`FormatError::TensorNotFound`].
-    pub fn adopt(&mut self, name: &str, digests: &[Digest]) -> Result<()> {
+    fn adopt(&mut self, name: &str, digests: &[Digest]) -> Result<()> {
         let position = self.position(name)?;
         let tensor = &mut self.tensors[position];
         let file = &self.files[tensor.file];
@@ -232,20 +219,11 @@ impl SafetensorsWriter {
         Ok(())
     }
 
-    /// Flushes to disk what was written so far.
-    ///
-    /// # Errors
-    /// [`FormatError::Io`].
-    pub fn sync(&mut self) -> Result<()> {
+    fn sync(&mut self) -> Result<()> {
         self.files.iter().try_for_each(OutputFile::sync)
     }
 
-    /// Checks that every tensor is complete, syncs and renames; the index comes last, so that a
-    /// sharded checkpoint opens only when all its shards are there.
-    ///
-    /// # Errors
-    /// [`FormatError::Io`]; [`FormatError::WrongLength`] for an incomplete tensor. The parts stay.
-    pub fn finish(self) -> Result<Vec<WrittenFile>> {
+    fn finish(self: Box<Self>) -> Result<Vec<WrittenFile>> {
         for tensor in &self.tensors {
             let file = &self.files[tensor.file];
             tensor.parts.iter().try_for_each(|part| part.digest(file).map(|_| ()))?;
@@ -265,21 +243,9 @@ impl SafetensorsWriter {
         Ok(written)
     }
 
-    /// Gives up and removes the parts. Dropping the writer instead keeps them for
-    /// [`resume`](Self::resume).
-    ///
-    /// # Errors
-    /// [`FormatError::Io`] for the first part that could not be removed; the others are.
-    pub fn abandon(self) -> Result<()> {
+    fn abandon(self: Box<Self>) -> Result<()> {
         let removed: Vec<_> = self.files.into_iter().map(OutputFile::abandon).collect();
         removed.into_iter().collect()
-    }
-
-    fn position(&self, name: &str) -> Result<usize> {
-        self.by_name.get(name).copied().ok_or_else(|| FormatError::TensorNotFound {
-            path: self.directory.clone(),
-            name: name.to_owned(),
-        })
     }
 }
 

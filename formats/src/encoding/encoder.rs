@@ -1,0 +1,77 @@
+//! From dense rows to the components of an encoding, some rows at a time.
+
+use super::{Encoding, MatrixShape, sparse24};
+use crate::{FormatError, Result};
+
+/// Encodes one tensor in row order. What [`rows`](Self::rows) and [`finish`](Self::finish) return
+/// is appended to the components, in [`Encoding::components`] order.
+#[derive(Debug)]
+pub struct Encoder {
+    encoding: Encoding,
+    name: String,
+    matrix: MatrixShape,
+    rows_done: usize,
+}
+
+impl Encoder {
+    /// An encoder for a tensor of `shape`.
+    ///
+    /// # Errors
+    /// [`FormatError::Encoding`] when the encoding cannot hold that shape, or cannot be written.
+    pub fn new(encoding: Encoding, name: &str, shape: &[usize]) -> Result<Self> {
+        encoding.components(name, shape)?;
+        if let Encoding::Ggml { ty } = encoding {
+            return Err(FormatError::Encoding {
+                name: name.to_owned(),
+                what: format!("{ty} blocks are read, not written"),
+            });
+        }
+        let matrix = MatrixShape::of(shape);
+        Ok(Self { encoding, name: name.to_owned(), matrix, rows_done: 0 })
+    }
+
+    /// Encodes the next rows, given as little-endian bytes of [`Encoding::value_dtype`].
+    ///
+    /// # Errors
+    /// [`FormatError::Encoding`]: not whole rows, more rows than the tensor has, or values that
+    /// break the encoding's pattern.
+    pub fn rows(&mut self, dense: &[u8]) -> Result<Vec<Vec<u8>>> {
+        let row_bytes = self.matrix.cols * self.encoding.value_dtype().size_bytes();
+        let rows = dense.len().checked_div(row_bytes).unwrap_or(0);
+        if rows * row_bytes != dense.len() || rows > self.matrix.rows - self.rows_done {
+            return Err(self.refuse(format!(
+                "{} bytes after row {}; expected whole rows of {row_bytes} bytes, {} in all",
+                dense.len(),
+                self.rows_done,
+                self.matrix.rows
+            )));
+        }
+        let parts = match self.encoding {
+            Encoding::Dense { .. } | Encoding::Ggml { .. } => vec![dense.to_vec()],
+            Encoding::Sparse24 { dtype } => {
+                let (mut values, mut metadata) = (Vec::new(), Vec::new());
+                let chunk = MatrixShape { rows, cols: self.matrix.cols };
+                sparse24::encode(&self.name, dtype, chunk, dense, &mut values, &mut metadata)?;
+                vec![values, metadata]
+            }
+        };
+        self.rows_done += rows;
+        Ok(parts)
+    }
+
+    /// What remains to be appended after the last row.
+    ///
+    /// # Errors
+    /// [`FormatError::Encoding`] when rows are missing.
+    pub fn finish(self) -> Result<Vec<Vec<u8>>> {
+        let MatrixShape { rows, cols } = self.matrix;
+        if self.rows_done < rows && cols > 0 {
+            return Err(self.refuse(format!("{} of {rows} rows were encoded", self.rows_done)));
+        }
+        Ok(vec![])
+    }
+
+    fn refuse(&self, what: String) -> FormatError {
+        FormatError::Encoding { name: self.name.clone(), what }
+    }
+}
