@@ -147,7 +147,9 @@ pub trait BlockOps: Storage {
 
     /// Rotates query and key heads of a stacked `qkv` matrix in place, half-split as in Hugging
     /// Face models: `(a, b) → (a cos − b sin, b cos + a sin)` with `a = head[j]`,
-    /// `b = head[j + head_dim/2]`; positions count from 0 in each sequence. Values are untouched.
+    /// `b = head[j + head_dim/2]`; positions count from 0 in each sequence. Values are
+    /// not rotated. The result feeds attention only, so that a backend may round it to the type of
+    /// its products.
     ///
     /// # Errors
     /// Shapes that do not fit; device failure.

@@ -77,6 +77,22 @@ pub trait Storage: Sized + Send + Sync {
     /// Out of device memory.
     fn onload(&self, matrix: HostMatrix) -> Result<Self::Matrix>;
 
+    /// How many batches are best worked on at once with [`at_once`](Self::at_once). One where an
+    /// operation fills the device by itself.
+    fn lanes(&self) -> usize {
+        1
+    }
+
+    /// Does `work` on every item, at the same time where the device can; results in the order of
+    /// the items.
+    fn at_once<T: Send, R: Send>(
+        &self,
+        items: Vec<T>,
+        work: impl Fn(T) -> R + Send + Sync,
+    ) -> Vec<R> {
+        items.into_iter().map(work).collect()
+    }
+
     /// Measured throughput of a large matrix product in the backend's arithmetic, FLOP/s: the
     /// ceiling that phase rates are compared with.
     ///

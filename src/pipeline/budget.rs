@@ -13,6 +13,9 @@ use crate::{
 /// large enough to be fast; a longer sequence is a batch of its own.
 pub(super) const BATCH_TOKENS: usize = 2048;
 
+/// Batches that a device works on at the same time at most.
+const BATCHES_AT_ONCE: u64 = 2;
+
 /// Tokenizer and text, code, allocator, thread stacks and queues, which no formula counts; measured on
 /// a model too small to matter.
 const FIXED_BYTES: u64 = 128 << 20;
@@ -26,7 +29,7 @@ pub struct MemoryBudget {
     pub block_bytes: u64,
     /// The largest Hessian with its f64 factorisation.
     pub statistics_bytes: u64,
-    /// Activations of one batch.
+    /// Activations of the batches being worked on.
     pub batch_bytes: u64,
     /// All of it, and what no formula counts.
     pub peak_bytes: u64,
@@ -64,7 +67,8 @@ impl MemoryBudget {
         let batch = BATCH_TOKENS.max(calibration.seq_len) as u64;
         let widest_output = (config.q_features() + 2 * config.kv_features())
             .max(2 * config.intermediate_size) as u64;
-        let batch_bytes = if calibrated { batch * (widest_output + 2 * hidden) * 4 } else { 0 };
+        let batch_bytes =
+            if calibrated { BATCHES_AT_ONCE * batch * (widest_output + 2 * hidden) * 4 } else { 0 };
         Self {
             hidden_bytes,
             block_bytes,

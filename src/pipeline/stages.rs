@@ -51,6 +51,18 @@ struct Span {
     to: Option<CapturePoint>,
 }
 
+impl Span {
+    /// The first point whose linears are applied.
+    fn first(self) -> CapturePoint {
+        self.from.unwrap_or(CapturePoint::AttnIn)
+    }
+
+    /// Position after the last one.
+    fn end(self) -> usize {
+        self.to.map_or(CapturePoint::ALL.len(), |point| point as usize)
+    }
+}
+
 /// Fraction of calibration tokens that may be non-finite before the run stops (a tenth, as
 /// exllamav3's converter allows).
 const MAX_NON_FINITE: usize = 10;
@@ -161,49 +173,68 @@ impl<B: Backend> StageContext<'_, B> {
         Ok(statistics)
     }
 
-    /// Brings every batch across `span` and shows it to `observe` where it arrives.
+    /// Brings every batch across `span` and shows it to `observe`, in order, where it arrives.
     fn pass(
         &self,
         plan: &BlockPlan,
         block: &Block<B>,
         hidden: &mut HiddenStates,
         times: &mut PhaseTimes,
-        Span { from, to }: Span,
+        span: Span,
         mut observe: impl FnMut(&B, &B::Matrix) -> std::result::Result<(), BackendError>,
     ) -> Result<()> {
         let b = self.backend;
-        for batch in 0..hidden.batches() {
-            let lens = hidden.lens(batch).clone();
-            let HostActivations { residual, input } = hidden.take(batch)?;
+        let batches: Vec<usize> = (0..hidden.batches()).collect();
+        for group in batches.chunks(b.lanes()) {
+            let taken = group
+                .iter()
+                .map(|&batch| Ok((hidden.lens(batch).clone(), hidden.take(batch)?)))
+                .collect::<Result<Vec<_>>>()?;
             let start = Instant::now();
-            let residual = b.onload(residual)?;
-            let first = from.unwrap_or(CapturePoint::AttnIn);
-            let input = match input {
-                Some(input) => Some(b.onload(input)?),
-                None => block.input_from_residual(b, first, &residual)?,
-            };
-            let mut at = Activations { residual, input };
-            let end = to.map_or(CapturePoint::ALL.len(), |point| point as usize);
-            for point in &CapturePoint::ALL[first as usize..end] {
-                at = block.step(b, self.geometry, *point, at, &lens)?;
-            }
-            let forward_secs = start.elapsed().as_secs_f64();
+            let arrived = b.at_once(taken, |(lens, at)| self.advance(block, span, &lens, at));
+            let arrived = arrived.into_iter().collect::<Result<Vec<_>>>()?;
+            let tokens = group.iter().map(|&batch| hidden.lens(batch));
+            let flops = tokens.map(|lens| self.steps_flops(span.first(), span.end(), lens)).sum();
+            times.charge(Phase::Forward, start.elapsed().as_secs_f64(), flops);
 
-            let start = Instant::now();
-            if let Some(input) = &at.input {
-                observe(b, input)?;
-            }
-            let flops = to.map_or(0.0, |point| self.statistic_flops(plan, point, &lens));
-            times.charge(Phase::Statistics, start.elapsed().as_secs_f64(), flops);
-            times.charge(Phase::Forward, forward_secs, self.steps_flops(first, end, &lens));
+            for (&batch, at) in group.iter().zip(arrived) {
+                let start = Instant::now();
+                if let Some(input) = &at.input {
+                    observe(b, input)?;
+                }
+                let lens = hidden.lens(batch);
+                let flops = span.to.map_or(0.0, |point| self.statistic_flops(plan, point, lens));
+                times.charge(Phase::Statistics, start.elapsed().as_secs_f64(), flops);
 
-            // Inputs that follow a norm are recomputed from the residual stream when needed.
-            let keep = matches!(to, Some(CapturePoint::AttnOut | CapturePoint::MlpHidden));
-            let input = at.input.filter(|_| keep).map(|input| b.offload(input)).transpose()?;
-            hidden.put(batch, HostActivations { residual: b.offload(at.residual)?, input })?;
-            self.progress.advance(1);
+                // Inputs that follow a norm are recomputed from the residual stream when needed.
+                let keep = matches!(span.to, Some(CapturePoint::AttnOut | CapturePoint::MlpHidden));
+                let input = at.input.filter(|_| keep).map(|input| b.offload(input)).transpose()?;
+                hidden.put(batch, HostActivations { residual: b.offload(at.residual)?, input })?;
+                self.progress.advance(1);
+            }
         }
         Ok(())
+    }
+
+    /// Brings one batch across `span`.
+    fn advance(
+        &self,
+        block: &Block<B>,
+        span: Span,
+        lens: &SequenceLens,
+        HostActivations { residual, input }: HostActivations,
+    ) -> Result<Activations<B>> {
+        let b = self.backend;
+        let residual = b.onload(residual)?;
+        let input = match input {
+            Some(input) => Some(b.onload(input)?),
+            None => block.input_from_residual(b, span.first(), &residual)?,
+        };
+        let mut at = Activations { residual, input };
+        for point in &CapturePoint::ALL[span.first() as usize..span.end()] {
+            at = block.step(b, self.geometry, *point, at, lens)?;
+        }
+        Ok(at)
     }
 
     fn statistic(&self, kind: StatKind, point: CapturePoint) -> Result<Statistic<B>> {

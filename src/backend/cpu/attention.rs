@@ -10,6 +10,7 @@ use rayon::prelude::*;
 
 use super::bf16::pack::{self, Source};
 use super::bf16::{BLOCK, Isa, Line, Session, Sums, TILE_LINES, Target};
+use super::buffers::{self, Scratch};
 use super::linalg::{self, Into, View, ViewMut};
 use super::matrix::strip_len;
 use super::simd;
@@ -59,20 +60,24 @@ pub(super) fn causal_attention(
     let data = match products {
         Products::F32 => {
             let values = qkv.widened();
-            let mut out = vec![0.0; qkv.rows * cols];
-            tasks(&blocks, &mut out, cols).into_par_iter().for_each(|(block, out)| {
-                attend_f32(&values, shape, block, out);
-            });
+            let mut out = buffers::take(qkv.rows * cols);
+            tasks(&blocks, &mut out, cols).into_par_iter().rev().with_max_len(1).for_each(
+                |(block, out)| {
+                    attend_f32(&values, shape, block, out);
+                },
+            );
             HostData::F32(out)
         }
         Products::Bf16(isa) => {
             let values = qkv.narrowed();
             let values = Source::dense(&values, qkv.rows, qkv.cols);
             let packed = PackedHeads::pack(values, shape, lens);
-            let mut out = vec![bf16::ZERO; qkv.rows * cols];
-            tasks(&blocks, &mut out, cols).into_par_iter().for_each(|(block, out)| {
-                attend_bf16(isa, values, &packed, shape, block, out);
-            });
+            let mut out = buffers::take(qkv.rows * cols);
+            tasks(&blocks, &mut out, cols).into_par_iter().rev().with_max_len(1).for_each(
+                |(block, out)| {
+                    attend_bf16(isa, values, &packed, shape, block, out);
+                },
+            );
             HostData::Bf16(out)
         }
     };
@@ -138,9 +143,9 @@ struct PackedHeads {
 
 struct PackedHead {
     /// Panels of 32 keys.
-    keys: Vec<Line>,
+    keys: Scratch<Line>,
     /// Panels of 32 value columns over all keys.
-    values: Vec<Line>,
+    values: Scratch<Line>,
 }
 
 impl PackedHeads {
@@ -170,12 +175,12 @@ impl PackedHead {
     /// Packs `[keys, head_dim]` keys and values.
     fn pack(k: Source, v: Source) -> Self {
         let lines = pack::lines(k.cols);
-        let mut keys = vec![Line::ZERO; k.rows.div_ceil(BLOCK) * lines];
+        let mut keys = Scratch::take(k.rows.div_ceil(BLOCK) * lines);
         for (panel, lines) in keys.chunks_exact_mut(lines.max(1)).enumerate() {
             pack::columns_from_rows(k.part(panel * BLOCK..(panel + 1) * BLOCK, 0..k.cols), lines);
         }
         let lines = pack::lines(v.rows);
-        let mut values = vec![Line::ZERO; v.cols.div_ceil(BLOCK) * lines];
+        let mut values = Scratch::take(v.cols.div_ceil(BLOCK) * lines);
         for (panel, lines) in values.chunks_exact_mut(lines.max(1)).enumerate() {
             pack::columns(v.part(0..v.rows, panel * BLOCK..(panel + 1) * BLOCK), lines);
         }

@@ -8,6 +8,7 @@ use rayon::prelude::*;
 
 use super::bf16::pack::{self, Source};
 use super::bf16::{BLOCK, Isa, Line, Session, Sums, TILE_LINES, Target};
+use super::buffers::Scratch;
 use super::linalg::{self, View, ViewMut};
 use super::matrix::{STRIP, strip_len};
 use super::simd::vectorised;
@@ -19,7 +20,7 @@ const F32_STRIP: usize = 128;
 /// Tokens packed at a time: the panels of 1536 features stay in the second-level cache.
 const PACKED_TOKENS: usize = 512;
 /// Lines of a strip multiplied at a time: 16 KiB, a third of the first-level cache.
-const PART_LINES: usize = 8 * TILE_LINES;
+const PART_LINES: usize = 16 * TILE_LINES;
 
 /// Lower triangle of `h += xᵀx`.
 pub(super) fn gram_accumulate(products: Products, h: &mut CpuMatrix, x: &CpuMatrix) -> Result<()> {
@@ -57,41 +58,47 @@ fn gram_bf16(isa: Isa, h: &mut [f32], x: &[bf16], d: usize) {
         return;
     }
     let x = Source::dense(x, x.len() / d, d);
-    let (mut columns, mut rows) = (Vec::new(), Vec::new());
     for first in (0..x.rows).step_by(PACKED_TOKENS) {
         let tokens = first..x.rows.min(first + PACKED_TOKENS);
         let lines = pack::lines(tokens.len());
-        // Each panel of Xᵀ as right operand; transposed tile by tile it is the left one.
-        columns.resize(d.div_ceil(BLOCK) * lines, Line::ZERO);
-        rows.resize(columns.len(), Line::ZERO);
-        columns.par_chunks_mut(lines).zip(rows.par_chunks_mut(lines)).enumerate().for_each(
-            |(panel, (columns, rows))| {
-                let features = panel * BLOCK..(panel + 1) * BLOCK;
-                pack::columns(x.part(tokens.clone(), features), columns);
-                rows.copy_from_slice(columns);
-                pack::transpose(rows);
-            },
-        );
-        h.par_chunks_mut(BLOCK * d)
-            .zip(rows.par_chunks(lines))
-            .enumerate()
-            .rev()
-            .for_each(|(strip, (h, a))| add_gram_strip(isa, strip, a, &columns, h, d));
+        // Panels of X as right operand; transposed tile by tile one is the left operand.
+        let mut columns = Scratch::<Line>::take(d.div_ceil(BLOCK) * lines);
+        columns.par_chunks_mut(lines).enumerate().for_each(|(panel, columns)| {
+            let features = panel * BLOCK..(panel + 1) * BLOCK;
+            pack::columns(x.part(tokens.clone(), features), columns);
+        });
+        let strips = h.par_chunks_mut(BLOCK * d).enumerate().rev().with_max_len(1);
+        strips.for_each_init(Vec::new, |a, (strip, h)| {
+            let panels = &columns[..(strip + 1) * lines];
+            add_gram_strip(isa, panels, lines, a, h, d);
+        });
     }
 }
 
-/// Adds to one strip of rows of `h`, left of and on the diagonal. The tokens go in parts, so that a
-/// part of the strip stays in the first-level cache while all panels pass by.
-fn add_gram_strip(isa: Isa, strip: usize, a: &[Line], columns: &[Line], h: &mut [f32], d: usize) {
+/// Adds to the strip of rows of `h` whose panel is the last of `panels`, left of and on the
+/// diagonal. The tokens go in parts, so that a part of the strip stays in the first-level cache
+/// while all panels pass by.
+fn add_gram_strip(
+    isa: Isa,
+    panels: &[Line],
+    lines: usize,
+    a: &mut Vec<Line>,
+    h: &mut [f32],
+    d: usize,
+) {
     let session = Session::start(isa);
     let mut sums = Sums::ZERO;
     let rows = h.len() / d;
-    for (part, a_part) in a.chunks(PART_LINES).enumerate() {
-        for (panel, b) in columns.chunks_exact(a.len()).take(strip + 1).enumerate() {
-            let b_part = &b[part * PART_LINES..][..a_part.len()];
+    let own = &panels[panels.len() - lines..];
+    for (part, own) in own.chunks(PART_LINES).enumerate() {
+        a.clear();
+        a.extend_from_slice(own);
+        pack::transpose(a);
+        for (panel, b) in panels.chunks_exact(lines).enumerate() {
+            let b = &b[part * PART_LINES..][..a.len()];
             let col = panel * BLOCK;
             let out = Target { out: &mut h[col..], stride: d, rows, cols: d - col, add: true };
-            session.block_into(a_part, b_part, out, &mut sums);
+            session.block_into(a, b, out, &mut sums);
         }
     }
 }

@@ -126,12 +126,18 @@ pub(super) fn matmul_lower(c: ViewMut, a: View, b: View) {
 pub(super) use factor::inverse_cholesky_lower;
 
 mod factor {
+    use std::num::NonZero;
+
     use faer::linalg::cholesky::llt::factor::{
         LltError, LltParams, LltRegularization, cholesky_in_place, cholesky_in_place_scratch,
     };
     use faer::linalg::triangular_inverse::invert_lower_triangular;
     use faer::prelude::ReborrowMut;
     use faer::{MatMut, MatRef, Par, Spec};
+
+    /// Into how many parts faer cuts work, whatever the number of threads: a result must not depend
+    /// on that.
+    const PARTS: Par = Par::Rayon(NonZero::new(8).unwrap());
 
     /// `L⁻¹` of the Cholesky factorisation `A = L Lᵀ`, column-major, from the lower triangle of the
     /// column-major `a`, which it overwrites; the index of the first bad pivot on failure.
@@ -141,11 +147,11 @@ mod factor {
     ) -> Result<Vec<f64>, usize> {
         let params = Spec::<LltParams, f64>::default();
         let mut buffer =
-            faer::dyn_stack::MemBuffer::new(cholesky_in_place_scratch::<f64>(n, Par::Seq, params));
+            faer::dyn_stack::MemBuffer::new(cholesky_in_place_scratch::<f64>(n, PARTS, params));
         let stack = faer::dyn_stack::MemStack::new(&mut buffer);
         let mut factor = MatMut::from_column_major_slice_mut(a, n, n);
         let regularization = LltRegularization::default();
-        cholesky_in_place(factor.rb_mut(), regularization, Par::Seq, stack, params)
+        cholesky_in_place(factor.rb_mut(), regularization, PARTS, stack, params)
             .map_err(|LltError::NonPositivePivot { index }| index)?;
         if let Some(pivot) = (0..n).find(|&j| !(factor[(j, j)] > 0.0 && factor[(j, j)].is_finite()))
         {
@@ -155,7 +161,7 @@ mod factor {
         invert_lower_triangular(
             MatMut::from_column_major_slice_mut(&mut inverse, n, n),
             MatRef::from_column_major_slice(a, n, n),
-            Par::Seq,
+            PARTS,
         );
         Ok(inverse)
     }

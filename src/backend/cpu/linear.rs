@@ -14,7 +14,7 @@ use super::bf16::pack::{self, Source};
 use super::bf16::{BLOCK, Isa, Line, Session, Sums, TILE_K, TILE_LINES, Target};
 use super::linalg::{self, Into, View, ViewMut};
 use super::matrix::{shape_error, strip_len};
-use super::{CpuMatrix, Products, activation, simd};
+use super::{CpuMatrix, Products, activation, buffers, simd};
 use crate::backend::{Activation, HostData, Result};
 
 /// Tokens of a strip of an f32 product: enough to pay for packing the weight.
@@ -25,7 +25,7 @@ const F32_STRIP: usize = 256;
 const BF16_STRIP: usize = 8 * BLOCK;
 /// Tiles of the inner dimension at a time: 10 · 2 KiB of the strip and as much of a panel stay in
 /// the first-level cache.
-const MAX_TILES: usize = 10;
+const MAX_TILES: usize = 18;
 /// Features of a gated product at a time.
 const GATED_FEATURES: usize = 16 * BLOCK;
 
@@ -96,7 +96,7 @@ pub(super) fn linear(
 ) -> Result<CpuMatrix> {
     let n = weight.out_features;
     let product = Product::new("linear", x, weight, bias)?;
-    let mut out = vec![0.0; x.rows * n];
+    let mut out = buffers::take(x.rows * n);
     let strip = product.strip();
     out.par_chunks_mut(strip_len(strip, n)).enumerate().for_each_init(
         Scratch::default,
@@ -152,7 +152,7 @@ pub(super) fn linear_gated(
     let chunk = if aligned { GATED_FEATURES.min(features).max(1) } else { features.max(1) };
     let fill = |index: usize, rows: usize, store: &mut dyn FnMut(usize, usize, &[f32])| {
         let mut scratch = Scratch::default();
-        let mut buffer = vec![0.0; rows * 2 * chunk];
+        let mut buffer = buffers::Scratch::take(rows * 2 * chunk);
         for first in (0..features).step_by(chunk) {
             let width = chunk.min(features - first);
             let stride = 2 * width;
@@ -178,7 +178,7 @@ pub(super) fn linear_gated(
     let len = strip_len(strip, features);
     let data = match products {
         Products::F32 => {
-            let mut out = vec![0.0; x.rows * features];
+            let mut out = buffers::take(x.rows * features);
             out.par_chunks_mut(len).enumerate().for_each(|(index, out)| {
                 fill(index, out.len() / features, &mut |row, first, values| {
                     out[row * features + first..][..values.len()].copy_from_slice(values);
@@ -187,7 +187,7 @@ pub(super) fn linear_gated(
             HostData::F32(out)
         }
         Products::Bf16(_) => {
-            let mut out = vec![bf16::ZERO; x.rows * features];
+            let mut out = buffers::take(x.rows * features);
             out.par_chunks_mut(len).enumerate().for_each(|(index, out)| {
                 fill(index, out.len() / features, &mut |row, first, values| {
                     simd::narrow(values, &mut out[row * features + first..][..values.len()]);

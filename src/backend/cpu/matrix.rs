@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use half::bf16;
 use rayon::prelude::*;
 
-use super::{Cpu, CpuWeight, Products, linear, simd};
+use super::{Cpu, CpuWeight, Products, buffers, linear, simd};
 use crate::backend::{BackendError, HostData, HostMatrix, Result, Storage};
 
 /// Rows of a strip in element-wise operations.
@@ -99,6 +99,12 @@ impl CpuMatrix {
     }
 }
 
+impl Drop for CpuMatrix {
+    fn drop(&mut self) {
+        buffers::put_data(std::mem::replace(&mut self.data, HostData::F32(Vec::new())));
+    }
+}
+
 /// A defect of the caller.
 pub(super) fn shape_error(operation: &'static str, detail: impl Into<String>) -> BackendError {
     BackendError::Shape { operation, detail: detail.into() }
@@ -125,7 +131,7 @@ pub(super) fn product_operand(
     let len = strip_len(STRIP, cols);
     let data = match products {
         Products::F32 => {
-            let mut out = vec![0.0; rows * cols];
+            let mut out = buffers::take(rows * cols);
             out.par_chunks_mut(len).enumerate().for_each(|(strip, out)| {
                 for (row, out) in out.chunks_exact_mut(cols).enumerate() {
                     fill(strip * STRIP + row, out);
@@ -134,7 +140,7 @@ pub(super) fn product_operand(
             HostData::F32(out)
         }
         Products::Bf16(_) => {
-            let mut out = vec![bf16::ZERO; rows * cols];
+            let mut out = buffers::take(rows * cols);
             out.par_chunks_mut(len).enumerate().for_each_init(
                 || vec![0.0; cols],
                 |wide, (strip, out)| {
@@ -163,7 +169,7 @@ impl Storage for Cpu {
             let detail = format!("{} values for [{rows}, {cols}]", data.len());
             return Err(BackendError::Shape { operation: "upload", detail });
         }
-        Ok(CpuMatrix::from_f32(rows, cols, data.to_vec()))
+        Ok(CpuMatrix::from_f32(rows, cols, buffers::copy(data)))
     }
 
     fn download(&self, matrix: &CpuMatrix) -> Result<Vec<f32>> {
@@ -171,20 +177,26 @@ impl Storage for Cpu {
     }
 
     fn zeros(&self, rows: usize, cols: usize) -> Result<CpuMatrix> {
-        Ok(CpuMatrix::from_f32(rows, cols, vec![0.0; rows * cols]))
+        let mut data = buffers::take(rows * cols);
+        data.fill(0.0);
+        Ok(CpuMatrix::from_f32(rows, cols, data))
     }
 
     fn duplicate(&self, matrix: &CpuMatrix) -> Result<CpuMatrix> {
-        Ok(matrix.clone())
+        let data = match &matrix.data {
+            HostData::F32(values) => HostData::F32(buffers::copy(values)),
+            HostData::Bf16(values) => HostData::Bf16(buffers::copy(values)),
+        };
+        Ok(CpuMatrix { rows: matrix.rows, cols: matrix.cols, data })
     }
 
     fn shape(&self, matrix: &CpuMatrix) -> (usize, usize) {
         (matrix.rows, matrix.cols)
     }
 
-    fn offload(&self, matrix: CpuMatrix) -> Result<HostMatrix> {
-        let CpuMatrix { rows, cols, data } = matrix;
-        Ok(HostMatrix { rows, cols, data })
+    fn offload(&self, mut matrix: CpuMatrix) -> Result<HostMatrix> {
+        let data = std::mem::replace(&mut matrix.data, HostData::F32(Vec::new()));
+        Ok(HostMatrix { rows: matrix.rows, cols: matrix.cols, data })
     }
 
     fn onload(&self, matrix: HostMatrix) -> Result<CpuMatrix> {
@@ -197,6 +209,19 @@ impl Storage for Cpu {
             return Err(shape_error("onload", format!("{len} values for [{rows}, {cols}]")));
         }
         Ok(CpuMatrix { rows, cols, data })
+    }
+
+    /// Two: while one batch is in a stretch that does not divide among threads, the other goes on.
+    fn lanes(&self) -> usize {
+        self.pool.current_num_threads().min(2)
+    }
+
+    fn at_once<T: Send, R: Send>(
+        &self,
+        items: Vec<T>,
+        work: impl Fn(T) -> R + Send + Sync,
+    ) -> Vec<R> {
+        items.into_par_iter().with_max_len(1).map(work).collect()
     }
 
     fn measure_gemm_ceiling(&self) -> Result<f64> {

@@ -9,6 +9,7 @@
 mod activation;
 mod attention;
 mod bf16;
+mod buffers;
 mod gram;
 mod linalg;
 mod linear;
@@ -162,7 +163,7 @@ impl BlockOps for Cpu {
         tables: &RopeTables,
         lens: &SequenceLens,
     ) -> Result<()> {
-        rope::rope(qkv, shape, tables, lens)
+        rope::rope(self.products, qkv, shape, tables, lens)
     }
 
     fn causal_attention(

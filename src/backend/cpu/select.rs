@@ -75,19 +75,22 @@ pub(super) fn lowest_of(scores: &[u32], count: usize, mut chosen: impl FnMut(usi
         (0..scores.len()).for_each(chosen);
         return;
     }
-    let key = |(i, score): (usize, &u32)| u64::from(*score) << 32 | i as u64;
-    let mut select = |keys: &mut [u64]| {
-        keys.select_nth_unstable(count - 1);
-        keys[..count].iter().for_each(|key| chosen(*key as u32 as usize));
-    };
-    // Groups of n:m patterns fit on the stack.
-    let mut few = [0u64; 16];
-    if let Some(few) = few.get_mut(..scores.len()) {
-        few.iter_mut().zip(scores.iter().enumerate()).for_each(|(few, score)| *few = key(score));
-        select(few);
-    } else {
-        select(&mut scores.iter().enumerate().map(key).collect::<Vec<_>>());
+    // Groups of n:m patterns are ranked without branches; an equal score counts as lower if it
+    // stands before.
+    if scores.len() <= 16 {
+        for (i, score) in scores.iter().enumerate() {
+            let before = scores[..i].iter().filter(|other| *other <= score).count();
+            let after = scores[i + 1..].iter().filter(|other| *other < score).count();
+            if before + after < count {
+                chosen(i);
+            }
+        }
+        return;
     }
+    let key = |(i, score): (usize, &u32)| u64::from(*score) << 32 | i as u64;
+    let mut keys: Vec<u64> = scores.iter().enumerate().map(key).collect();
+    keys.select_nth_unstable(count - 1);
+    keys[..count].iter().for_each(|key| chosen(*key as u32 as usize));
 }
 
 /// The lowest weights of a matrix: everything below a threshold, and the first of those at it.

@@ -112,15 +112,6 @@ vectorised! {
     }
 }
 
-vectorised! {
-    /// `y += factor · x`.
-    pub(super) fn axpy<'a>(factor: f32, x: &'a [f32], y: &'a mut [f32]) {
-        for (y, x) in y.iter_mut().zip(x) {
-            *y += factor * x;
-        }
-    }
-}
-
 /// `eˣ` for `x ≤ 0` or moderate positive `x`, relative error below 2e-7; 0 below −87.3 and
 /// saturated above 88.
 ///

@@ -9,7 +9,7 @@ use super::simd::vectorised;
 use crate::backend::{BackendError, Result};
 
 /// Rows of a strip of a quadratic form.
-const FORM_STRIP: usize = 128;
+const FORM_STRIP: usize = 256;
 
 /// The diagonal of a square matrix.
 pub(super) fn diagonal(h: &CpuMatrix) -> Result<Vec<f32>> {

@@ -11,29 +11,42 @@ use super::CpuMatrix;
 use super::linalg::{self, Into, View, ViewMut};
 use super::matrix::{shape_error, strip_len};
 use super::select::{self, Lowest};
-use super::simd;
+use super::simd::vectorised;
 use crate::backend::{Result, SweepRule};
 
 /// Rows of a strip: they share each row of `u` while it is in the cache.
 const SWEEP_STRIP: usize = 16;
+/// Values that are updated together: one AVX-512 register.
+const LANES: usize = 16;
 /// Rows of a strip of the lazy update.
 const UPDATE_STRIP: usize = 256;
 
-/// Columns of `u` and of the block.
+/// `u` inside a column block.
 struct Block {
-    /// `u` inside the block, `[width, width]`.
+    /// Above the diagonal, `[width, width]`; zero elsewhere.
     u: Vec<f32>,
+    diagonal: Vec<f32>,
     width: usize,
 }
 
 impl Block {
-    fn diagonal(&self, j: usize) -> f32 {
-        self.u[j * self.width + j]
+    fn new(u: &[f32], cols: usize, columns: Range<usize>) -> Self {
+        let width = columns.len();
+        let mut block = vec![0.0; width * width];
+        let mut diagonal = Vec::with_capacity(width);
+        for (j, column) in columns.clone().enumerate() {
+            let row = &u[column * cols..][columns.clone()];
+            diagonal.push(row[j]);
+            block[j * width..][j + 1..width].copy_from_slice(&row[j + 1..]);
+        }
+        Self { u: block, diagonal, width }
     }
 
     /// `w² / u_jj²`, the error that zeroing the weight costs.
+    #[allow(clippy::inline_always, reason = "part of a vectorised body")]
+    #[inline(always)]
     fn score(&self, w: f32, j: usize) -> u32 {
-        let err = w / self.diagonal(j);
+        let err = w / self.diagonal[j];
         select::order(err * err)
     }
 }
@@ -57,10 +70,7 @@ pub(super) fn obs_sweep(
         return Err(shape_error(OPERATION, format!("groups of {m} in {width} columns")));
     }
     let u = u.f32s(OPERATION)?;
-    let block = Block {
-        u: columns.clone().flat_map(|j| &u[j * cols..][columns.clone()]).copied().collect(),
-        width,
-    };
+    let block = Block::new(u, cols, columns.clone());
     let w = w.f32s_mut(OPERATION)?;
     // A compact copy of the block becomes the errors in place: column j is final once swept.
     let mut work = vec![0.0; rows * width];
@@ -80,36 +90,57 @@ pub(super) fn obs_sweep(
         .zip(zero.par_chunks_mut(strip))
         .zip(w.par_chunks_mut(strip_len(SWEEP_STRIP, cols)))
         .for_each(|((work, zero), w)| {
-            for j in 0..width {
-                let rows = work.chunks_exact_mut(width).zip(zero.chunks_exact_mut(width));
-                for ((work, zero), w) in rows.zip(w.chunks_exact_mut(cols)) {
-                    if let SweepRule::Group { zeros, m } = rule
-                        && j % m == 0
-                    {
-                        choose_in_group(&block, &work[j..j + m], j, zeros, &mut zero[j..j + m]);
-                    }
-                    w[columns.start + j] = sweep_column(&block, work, j, zero[j]);
+            sweep_strip(&block, rule, work, zero);
+            let rows = work.chunks_exact_mut(width).zip(zero.chunks_exact(width));
+            for ((work, zero), w) in rows.zip(w.chunks_exact_mut(cols)) {
+                let swept = work.iter_mut().zip(zero).zip(&mut w[columns.clone()]);
+                for ((work, &zero), w) in swept {
+                    // What was swept is an error where a weight was zeroed, else the weight.
+                    *w = if zero { 0.0 } else { std::mem::replace(work, 0.0) };
                 }
             }
         });
     Ok(CpuMatrix::from_f32(rows, width, work))
 }
 
-/// Sweeps column `j` of one row: leaves its error in `work[j]`, updates the columns to its right
-/// and returns the new weight.
-fn sweep_column(block: &Block, work: &mut [f32], j: usize, zero: bool) -> f32 {
-    if !zero {
-        return std::mem::replace(&mut work[j], 0.0);
+vectorised! {
+    /// Sweeps some rows of a column block: marks in `zero` what a rule chooses group by group, and
+    /// leaves in `work` the scaled error of each weight that is zeroed, the new value of the others.
+    fn sweep_strip<'a>(
+        block: &'a Block,
+        rule: SweepRule,
+        work: &'a mut [f32],
+        zero: &'a mut [bool],
+    ) {
+        let width = block.width;
+        for j in 0..width {
+            // From a whole vector on: `u` is zero up to the diagonal.
+            let from = j / LANES * LANES;
+            let u = &block.u[j * width..][from..width];
+            let rows = work.chunks_exact_mut(width).zip(zero.chunks_exact_mut(width));
+            for (work, zero) in rows {
+                if let SweepRule::Group { zeros, m } = rule
+                    && j % m == 0
+                {
+                    choose_in_group(block, &work[j..j + m], j, zeros, &mut zero[j..j + m]);
+                }
+                if !zero[j] {
+                    continue;
+                }
+                let err = work[j] / block.diagonal[j];
+                if err != 0.0 {
+                    for (work, u) in work[from..].iter_mut().zip(u) {
+                        *work -= err * u;
+                    }
+                }
+                work[j] = err;
+            }
+        }
     }
-    let err = work[j] / block.diagonal(j);
-    work[j] = err;
-    if err != 0.0 {
-        let u = &block.u[j * block.width..][..block.width];
-        simd::axpy(-err, &u[j + 1..], &mut work[j + 1..]);
-    }
-    0.0
 }
 
+#[allow(clippy::inline_always, reason = "part of a vectorised body")]
+#[inline(always)]
 fn choose_in_group(block: &Block, w: &[f32], first: usize, zeros: usize, zero: &mut [bool]) {
     let mut few = [0u32; 16];
     let mut many = Vec::new();

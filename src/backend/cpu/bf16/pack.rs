@@ -88,16 +88,21 @@ pub(in super::super) fn columns(source: Source, panel: &mut [Line]) {
     let mut padded = [[bf16::ZERO; BLOCK]; 2];
     for (t, tile) in tiles.iter_mut().enumerate() {
         for i in 0..TILE_K / 2 {
-            for (half, padded) in padded.iter_mut().enumerate() {
-                let k = t * TILE_K + 2 * i + half;
-                let values = if k < source.rows { source.row(k) } else { &[] };
-                let values = &values[..values.len().min(BLOCK)];
-                padded[values.len()..].fill(bf16::ZERO);
-                padded[..values.len()].copy_from_slice(values);
-            }
-            let [left, right] = interleave(&padded);
-            tile[i] = left;
-            tile[16 + i] = right;
+            let k = t * TILE_K + 2 * i;
+            let whole = k + 1 < source.rows && source.cols >= BLOCK;
+            let pair =
+                whole.then(|| (source.row(k).first_chunk(), source.row(k + 1).first_chunk()));
+            [tile[i], tile[16 + i]] = if let Some((Some(even), Some(odd))) = pair {
+                interleave(even, odd)
+            } else {
+                for (half, padded) in padded.iter_mut().enumerate() {
+                    let values = if k + half < source.rows { source.row(k + half) } else { &[] };
+                    let values = &values[..values.len().min(BLOCK)];
+                    padded[values.len()..].fill(bf16::ZERO);
+                    padded[..values.len()].copy_from_slice(values);
+                }
+                interleave(&padded[0], &padded[1])
+            };
         }
     }
 }
@@ -109,9 +114,9 @@ pub(in super::super) fn transpose(panel: &mut [Line]) {
 
 vectorised! {
     /// Pairs of the same column.
-    fn interleave<'a>(rows: &'a [[bf16; BLOCK]; 2]) -> [Line; 2] {
+    fn interleave<'a>(even: &'a [bf16; BLOCK], odd: &'a [bf16; BLOCK]) -> [Line; 2] {
         let pair = |i: usize| {
-            u32::from(rows[0][i].to_bits()) | u32::from(rows[1][i].to_bits()) << 16
+            u32::from(even[i].to_bits()) | u32::from(odd[i].to_bits()) << 16
         };
         [Line(std::array::from_fn(pair)), Line(std::array::from_fn(|i| pair(16 + i)))]
     }
