@@ -16,7 +16,7 @@ use super::{CpuMatrix, Products};
 use crate::backend::{HostData, Result};
 
 /// Features of a strip of an f32 Gram matrix.
-const F32_STRIP: usize = 128;
+const F32_STRIP: usize = 256;
 /// Tokens packed at a time: the panels of 1536 features stay in the second-level cache.
 const PACKED_TOKENS: usize = 512;
 /// Lines of a strip multiplied at a time: 16 KiB, a third of the first-level cache.
@@ -40,17 +40,19 @@ fn gram_f32(h: &mut [f32], x: &CpuMatrix) {
     let x = x.widened();
     let columns =
         |from: usize, cols| View { data: &x[from.min(x.len())..], rows: tokens, cols, stride: d };
-    h.par_chunks_mut(strip_len(F32_STRIP, d)).enumerate().for_each(|(strip, h)| {
-        let rows = h.len() / d;
-        let first = strip * F32_STRIP;
-        let a = columns(first, rows);
-        if first > 0 {
-            let left = ViewMut { data: h, rows, cols: first, stride: d };
-            linalg::add_matmul_tn(left, a, columns(0, first));
-        }
-        let diagonal = ViewMut { data: &mut h[first..], rows, cols: rows, stride: d };
-        linalg::add_gram_lower(diagonal, a);
-    });
+    h.par_chunks_mut(strip_len(F32_STRIP, d)).enumerate().rev().with_max_len(1).for_each(
+        |(strip, h)| {
+            let rows = h.len() / d;
+            let first = strip * F32_STRIP;
+            let a = columns(first, rows);
+            if first > 0 {
+                let left = ViewMut { data: h, rows, cols: first, stride: d };
+                linalg::add_matmul_tn(left, a, columns(0, first));
+            }
+            let diagonal = ViewMut { data: &mut h[first..], rows, cols: rows, stride: d };
+            linalg::add_gram_lower(diagonal, a);
+        },
+    );
 }
 
 fn gram_bf16(isa: Isa, h: &mut [f32], x: &[bf16], d: usize) {
