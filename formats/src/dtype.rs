@@ -121,12 +121,13 @@ pub enum GgmlType {
     Q4_K,
     Q5_K,
     Q6_K,
+    MXFP4,
 }
 
 impl GgmlType {
     /// `(type, name, id in the file, elements a block, bytes a block)`: ggml's `ggml_type` enum and
     /// `type_traits` table.
-    const TABLE: [(Self, &'static str, u32, usize, usize); 13] = [
+    const TABLE: [(Self, &'static str, u32, usize, usize); 14] = [
         (Self::F32, "F32", 0, 1, 4),
         (Self::F16, "F16", 1, 1, 2),
         (Self::Q4_0, "Q4_0", 2, 32, 18),
@@ -140,6 +141,7 @@ impl GgmlType {
         (Self::Q5_K, "Q5_K", 13, 256, 176),
         (Self::Q6_K, "Q6_K", 14, 256, 210),
         (Self::BF16, "BF16", 30, 1, 2),
+        (Self::MXFP4, "MXFP4", 39, 32, 17),
     ];
 
     fn row(self) -> &'static (Self, &'static str, u32, usize, usize) {

@@ -1,6 +1,6 @@
 //! From dense rows to the components of an encoding, some rows at a time.
 
-use super::{Encoding, MatrixShape, sparse24};
+use super::{Encoding, MatrixShape, ggml, sparse24};
 use crate::{FormatError, Result};
 
 /// Encodes one tensor in row order. What [`rows`](Self::rows) and [`finish`](Self::finish) return
@@ -17,15 +17,9 @@ impl Encoder {
     /// An encoder for a tensor of `shape`.
     ///
     /// # Errors
-    /// [`FormatError::Encoding`] when the encoding cannot hold that shape, or cannot be written.
+    /// [`FormatError::Encoding`] when the encoding cannot hold that shape.
     pub fn new(encoding: Encoding, name: &str, shape: &[usize]) -> Result<Self> {
         encoding.components(name, shape)?;
-        if let Encoding::Ggml { ty } = encoding {
-            return Err(FormatError::Encoding {
-                name: name.to_owned(),
-                what: format!("{ty} blocks are read, not written"),
-            });
-        }
         let matrix = MatrixShape::of(shape);
         Ok(Self { encoding, name: name.to_owned(), matrix, rows_done: 0 })
     }
@@ -34,7 +28,7 @@ impl Encoder {
     ///
     /// # Errors
     /// [`FormatError::Encoding`]: not whole rows, more rows than the tensor has, or values that
-    /// break the encoding's pattern.
+    /// break the encoding's pattern or are beyond its range.
     pub fn rows(&mut self, dense: &[u8]) -> Result<Vec<Vec<u8>>> {
         let row_bytes = self.matrix.cols * self.encoding.value_dtype().size_bytes();
         let rows = dense.len().checked_div(row_bytes).unwrap_or(0);
@@ -47,12 +41,18 @@ impl Encoder {
             )));
         }
         let parts = match self.encoding {
-            Encoding::Dense { .. } | Encoding::Ggml { .. } => vec![dense.to_vec()],
+            Encoding::Dense { .. } => vec![dense.to_vec()],
             Encoding::Sparse24 { dtype } => {
                 let (mut values, mut metadata) = (Vec::new(), Vec::new());
                 let chunk = MatrixShape { rows, cols: self.matrix.cols };
                 sparse24::encode(&self.name, dtype, chunk, dense, &mut values, &mut metadata)?;
                 vec![values, metadata]
+            }
+            Encoding::Ggml { ty } => {
+                let mut blocks = Vec::new();
+                let MatrixShape { cols, .. } = self.matrix;
+                ggml::encode(&self.name, ty, cols, self.rows_done, dense, &mut blocks)?;
+                vec![blocks]
             }
         };
         self.rows_done += rows;

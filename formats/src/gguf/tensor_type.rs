@@ -3,7 +3,7 @@
 use crate::GgmlType;
 
 /// Types that ggml knows and this crate does not read: ggml's `ggml_type` enum.
-const UNREAD: [(u32, &str); 30] = [
+const UNREAD: [(u32, &str); 29] = [
     (4, "Q4_2, removed from ggml"),
     (5, "Q4_3, removed from ggml"),
     (9, "Q8_1"),
@@ -30,7 +30,6 @@ const UNREAD: [(u32, &str); 30] = [
     (36, "IQ4_NL_4_4, removed from ggml"),
     (37, "IQ4_NL_4_8, removed from ggml"),
     (38, "IQ4_NL_8_8, removed from ggml"),
-    (39, "MXFP4"),
     (40, "NVFP4"),
     (41, "Q1_0"),
     (42, "Q2_0"),

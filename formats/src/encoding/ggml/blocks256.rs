@@ -5,6 +5,9 @@
 //! element `32·p + b`. One-bit planes and nibbles follow the same rule.
 #![allow(non_camel_case_types, reason = "ggml's own spelling")]
 
+mod quantize;
+mod search;
+
 use bytemuck::{Pod, Zeroable};
 
 use super::{QuantBlock, scale};

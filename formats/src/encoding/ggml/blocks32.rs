@@ -2,6 +2,8 @@
 //! low nibble and high nibble.
 #![allow(non_camel_case_types, reason = "ggml's own spelling")]
 
+mod quantize;
+
 use bytemuck::{Pod, Zeroable};
 
 use super::{QuantBlock, scale};

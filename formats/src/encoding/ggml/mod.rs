@@ -12,6 +12,7 @@
 //! | `Q4_1` | 32  | 20  | 5      | `d·q + m` |
 //! | `Q5_0` | 32  | 22  | 5.5    | `d·(q − 16)` |
 //! | `Q5_1` | 32  | 24  | 6      | `d·q + m` |
+//! | `MXFP4` | 32 | 17    | 4.25   | `2^(e − 127)·E2M1[q]` |
 //! | `Q2_K` | 256 | 84  | 2.625  | `(d·scale)·q − dmin·min`, 16 elements a scale |
 //! | `Q3_K` | 256 | 110 | 3.4375 | `(d·(scale − 32))·(q − 4)`, 16 elements a scale |
 //! | `Q4_K` | 256 | 144 | 4.5    | `(d·scale)·q − dmin·min`, 32 elements a scale |
@@ -22,6 +23,8 @@
 
 mod blocks256;
 mod blocks32;
+mod mxfp4;
+mod quantize;
 
 use std::ops::Range;
 
@@ -30,6 +33,8 @@ use half::{bf16, f16};
 
 use super::MatrixShape;
 use crate::{FormatError, GgmlType, Result};
+
+pub use quantize::encode;
 
 /// A block of `LEN` elements as it lies in a file: byte fields only, so it needs no alignment.
 trait QuantBlock<const LEN: usize>: Pod {
@@ -86,6 +91,7 @@ pub(super) fn decode_f32(
         GgmlType::Q4_1 => decode_blocks::<blocks32::Q4_1, 32>(bytes, out),
         GgmlType::Q5_0 => decode_blocks::<blocks32::Q5_0, 32>(bytes, out),
         GgmlType::Q5_1 => decode_blocks::<blocks32::Q5_1, 32>(bytes, out),
+        GgmlType::MXFP4 => decode_blocks::<mxfp4::Mxfp4, 32>(bytes, out),
         GgmlType::Q2_K => decode_blocks::<blocks256::Q2_K, 256>(bytes, out),
         GgmlType::Q3_K => decode_blocks::<blocks256::Q3_K, 256>(bytes, out),
         GgmlType::Q4_K => decode_blocks::<blocks256::Q4_K, 256>(bytes, out),
@@ -134,6 +140,7 @@ mod tests {
         check::<blocks32::Q4_1, 32>(GgmlType::Q4_1);
         check::<blocks32::Q5_0, 32>(GgmlType::Q5_0);
         check::<blocks32::Q5_1, 32>(GgmlType::Q5_1);
+        check::<mxfp4::Mxfp4, 32>(GgmlType::MXFP4);
         check::<blocks256::Q2_K, 256>(GgmlType::Q2_K);
         check::<blocks256::Q3_K, 256>(GgmlType::Q3_K);
         check::<blocks256::Q4_K, 256>(GgmlType::Q4_K);
