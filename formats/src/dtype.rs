@@ -178,6 +178,33 @@ impl GgmlType {
     pub fn block_bytes(self) -> usize {
         self.row().4
     }
+
+    /// Whether every exact zero that is encoded decodes to a zero, so that a sparse matrix stays
+    /// sparse. (It may become a negative zero, where a scale is negative.) Types with a minimum
+    /// have no zero on their grid.
+    pub fn keeps_zeros(self) -> bool {
+        match self {
+            Self::F32 | Self::F16 | Self::BF16 => true,
+            Self::Q8_0 | Self::Q5_0 | Self::Q4_0 | Self::Q6_K | Self::Q3_K | Self::MXFP4 => true,
+            Self::Q4_1 | Self::Q5_1 | Self::Q2_K | Self::Q4_K | Self::Q5_K => false,
+        }
+    }
+
+    /// The type for a matrix of `cols` columns that should have this type: itself if a row is a
+    /// whole number of its blocks, else a type of 32-element blocks that is no smaller, else F16.
+    /// These are the choices of `llama-quantize`.
+    #[must_use]
+    pub fn fallback(self, cols: usize) -> Self {
+        let fits = |ty: Self| cols.is_multiple_of(ty.block_len());
+        let smaller_blocks = match self {
+            Self::Q2_K | Self::Q3_K => Self::Q4_0,
+            Self::Q4_K => Self::Q5_0,
+            Self::Q5_K => Self::Q5_1,
+            Self::Q6_K => Self::Q8_0,
+            _ => self,
+        };
+        [self, smaller_blocks].into_iter().find(|ty| fits(*ty)).unwrap_or(Self::F16)
+    }
 }
 
 impl fmt::Display for GgmlType {
@@ -198,6 +225,24 @@ mod tests {
             assert_eq!(GgmlType::from_id(ty.id()), Some(ty));
         }
         assert_eq!(GgmlType::from_id(4), None, "Q4_2 was removed from ggml");
+    }
+
+    #[test]
+    fn a_row_of_broken_blocks_falls_back_to_smaller_blocks_and_then_to_f16() {
+        use GgmlType as T;
+        for (ty, expected) in [
+            (T::Q2_K, T::Q4_0),
+            (T::Q3_K, T::Q4_0),
+            (T::Q4_K, T::Q5_0),
+            (T::Q5_K, T::Q5_1),
+            (T::Q6_K, T::Q8_0),
+            (T::Q4_0, T::Q4_0),
+        ] {
+            assert_eq!(ty.fallback(512), ty);
+            assert_eq!(ty.fallback(96), expected, "{ty}");
+            assert_eq!(ty.fallback(100), T::F16, "{ty}");
+        }
+        assert_eq!(T::F32.fallback(7), T::F32);
     }
 
     #[test]

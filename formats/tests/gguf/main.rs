@@ -5,6 +5,7 @@ mod builder;
 mod fuzz;
 mod golden;
 mod malformed;
+mod quantize;
 mod valid;
 
 use std::path::{Path, PathBuf};

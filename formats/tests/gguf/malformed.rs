@@ -304,7 +304,7 @@ fn unsupported_tensor_types() {
         (4, "4 (Q4_2, removed from ggml)"),
         (20, "20 (IQ4_NL)"),
         (34, "34 (TQ1_0)"),
-        (39, "39 (MXFP4)"),
+        (40, "40 (NVFP4)"),
         (99, "99 (unknown to this version)"),
     ] {
         assert_refused!(
@@ -312,7 +312,7 @@ fn unsupported_tensor_types() {
             E::UnsupportedType { .. },
             format!(
                 "tensor `t` has the unsupported type {found}; supported: F32, F16, Q4_0, Q4_1, Q5_0, \
-                 Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, BF16"
+                 Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, BF16, MXFP4"
             )
         );
     }
