@@ -184,9 +184,16 @@ impl GgmlType {
     /// have no zero on their grid.
     pub fn keeps_zeros(self) -> bool {
         match self {
-            Self::F32 | Self::F16 | Self::BF16 => true,
-            Self::Q8_0 | Self::Q5_0 | Self::Q4_0 | Self::Q6_K | Self::Q3_K | Self::MXFP4 => true,
             Self::Q4_1 | Self::Q5_1 | Self::Q2_K | Self::Q4_K | Self::Q5_K => false,
+            Self::F32
+            | Self::F16
+            | Self::BF16
+            | Self::Q8_0
+            | Self::Q5_0
+            | Self::Q4_0
+            | Self::Q6_K
+            | Self::Q3_K
+            | Self::MXFP4 => true,
         }
     }
 

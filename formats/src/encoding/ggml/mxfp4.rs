@@ -4,7 +4,10 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{QuantBlock, quantize::Quantize};
+use super::{
+    QuantBlock,
+    quantize::{Quantize, magnitude},
+};
 
 /// Twice the values of E2M1, by code. There is no negative zero.
 const DOUBLED: [f32; 16] =
@@ -37,7 +40,7 @@ impl Quantize<32> for Mxfp4 {
     /// The scale puts the largest magnitude in `4..8` scales; of two nearest values the smaller is
     /// taken. Always fits.
     fn quantize(values: &[f32; 32]) -> Option<Self> {
-        let most = values.iter().fold(0.0f32, |most, value| most.max(value.abs()));
+        let most = magnitude(values);
         // The logarithm is rounded to f32 as ggml's is: just below a power of two it is that
         // power's. Below 2^-125 the smallest scale is taken.
         let e = f64::from(most).log2() as f32;

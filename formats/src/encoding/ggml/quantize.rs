@@ -94,7 +94,7 @@ fn encode_blocks<B: Quantize<LEN>, const LEN: usize>(
     for (block, bytes) in blocks.enumerate() {
         dense::to_f32(DType::F32, bytes, &mut values);
         let unfit = |at: usize| Unfit { index: block * LEN + at, value: values[at] };
-        if !values.iter().fold(true, |all, value| all & value.is_finite()) {
+        if !magnitude(&values).is_finite() {
             return Err(unfit(values.iter().position(|value| !value.is_finite()).unwrap_or(0)));
         }
         let block = B::quantize(&values).ok_or_else(|| unfit(largest(&values).0))?;
@@ -103,15 +103,20 @@ fn encode_blocks<B: Quantize<LEN>, const LEN: usize>(
     Ok(())
 }
 
+/// The largest magnitude; NaN counts as larger than all others.
+pub(super) fn magnitude(values: &[f32]) -> f32 {
+    // Magnitudes are ordered as their bits are, and a maximum of integers vectorises.
+    let bits = values.iter().fold(0, |most, value| value.abs().to_bits().max(most));
+    f32::from_bits(bits)
+}
+
 /// Index and value of the first element of the largest magnitude; `(0, 0.0)` when all are zero.
 pub(super) fn largest(values: &[f32]) -> (usize, f32) {
-    let mut found = (0, 0.0f32);
-    for (i, &value) in values.iter().enumerate() {
-        if value.abs() > found.1.abs() {
-            found = (i, value);
-        }
+    let most = magnitude(values);
+    match values.iter().position(|value| value.abs().to_bits() == most.to_bits()) {
+        Some(index) if most > 0.0 => (index, values[index]),
+        _ => (0, 0.0),
     }
-    found
 }
 
 /// `1 / scale`, or zero when that is not finite.

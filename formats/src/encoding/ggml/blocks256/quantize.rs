@@ -7,9 +7,9 @@
 use bytemuck::Zeroable;
 
 use super::{Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, search};
-use crate::encoding::ggml::quantize::{Quantize, largest, to_scale};
+use crate::encoding::ggml::quantize::{Quantize, largest, magnitude, to_scale};
 use crate::encoding::ggml::scale;
-use search::{Grid, LANES, Lanes, SMALLEST, round_within};
+use search::{Grid, Groups, LANES, Lanes, SMALLEST, round_within};
 
 /// Anything larger overflows every binary16 scale of a super-block, and the sums of the searches
 /// stay finite below it.
@@ -69,29 +69,26 @@ impl Quantize<256> for Q3_K {
     }
 }
 
-/// Searches a scale for each group of 16, some groups at a time.
+/// Searches a scale for each group of 16, some groups at a time. `None` when a value is too large.
 fn symmetric_scales(
     values: &[f32; 256],
     codes: &mut [u8; 256],
-    search: impl Fn(&[[f32; 16]; LANES], &mut [[u8; 16]; LANES]) -> Lanes,
+    search: impl Fn(&Groups<f32, 16>, &mut Groups<u8, 16>) -> Lanes,
 ) -> Option<[f32; 16]> {
     let mut scales = [0.0; 16];
-    for (scales, (groups, codes)) in scales.as_chunks_mut().0.iter_mut().zip(lanes(values, codes)?)
-    {
+    for (scales, (groups, codes)) in scales.as_chunks_mut().0.iter_mut().zip(lanes(values, codes)) {
         *scales = search(groups, codes);
     }
-    Some(scales)
+    (magnitude(values) <= LARGEST).then_some(scales)
 }
 
-/// Values and codes of groups of `N` elements, as many as are searched together. `None` when some
-/// value is too large for any scale.
+/// Values and codes of the groups of `N` elements, as many as are searched together.
 fn lanes<'a, const N: usize>(
     values: &'a [f32; 256],
     codes: &'a mut [u8; 256],
-) -> Option<impl Iterator<Item = (&'a [[f32; N]; LANES], &'a mut [[u8; N]; LANES])>> {
+) -> impl Iterator<Item = (&'a Groups<f32, N>, &'a mut Groups<u8, N>)> {
     let groups = values.as_chunks::<N>().0.as_chunks().0.iter();
-    let codes = codes.as_chunks_mut::<N>().0.as_chunks_mut().0.iter_mut();
-    (largest(values).1.abs() <= LARGEST).then(|| groups.zip(codes))
+    groups.zip(codes.as_chunks_mut::<N>().0.as_chunks_mut().0)
 }
 
 /// Codes of `(d·scale)·(code − offset)`.
@@ -160,7 +157,7 @@ fn quantize_affine(values: &[f32; 256], grid: &Grid) -> Option<AffineParts> {
     })?;
     let (d, dmin, groups) = fit.round(63.0)?;
     groups.codes(values, grid.top, &mut codes);
-    Some((d, dmin, pack_scales_and_mins(&groups.scale_codes, &groups.min_codes), codes))
+    Some((d, dmin, pack_scales_and_mins(groups.scale_codes, groups.min_codes), codes))
 }
 
 /// Magnitudes above the root of the mean square.
@@ -178,17 +175,18 @@ struct AffineGroups<const G: usize, const N: usize> {
 }
 
 impl<const G: usize, const N: usize> AffineGroups<G, N> {
+    /// `None` when a value is too large.
     fn search(
         values: &[f32; 256],
         codes: &mut [u8; 256],
-        search: impl Fn(&[[f32; N]; LANES], &mut [[u8; N]; LANES]) -> [search::Affine; LANES],
+        search: impl Fn(&Groups<f32, N>, &mut Groups<u8, N>) -> [search::Affine; LANES],
     ) -> Option<Self> {
         let mut found = Self { scales: [0.0; G], mins: [0.0; G] };
-        let affine = lanes(values, codes)?.flat_map(|(groups, codes)| search(groups, codes));
+        let affine = lanes(values, codes).flat_map(|(groups, codes)| search(groups, codes));
         for (g, affine) in affine.enumerate() {
             (found.scales[g], found.mins[g]) = (affine.scale, -affine.min);
         }
-        Some(found)
+        (magnitude(values) <= LARGEST).then_some(found)
     }
 
     /// Scales and minima as integers up to `top`, under a binary16 scale each.
@@ -230,7 +228,7 @@ impl<const G: usize, const N: usize> RoundedGroups<G, N> {
 }
 
 /// The inverse of [`super::scales_and_mins`].
-fn pack_scales_and_mins(scales: &[u8; 8], mins: &[u8; 8]) -> [u8; 12] {
+fn pack_scales_and_mins(scales: [u8; 8], mins: [u8; 8]) -> [u8; 12] {
     let mut packed = [0; 12];
     for g in 0..4 {
         packed[g] = scales[g] | scales[4 + g] >> 4 << 6;

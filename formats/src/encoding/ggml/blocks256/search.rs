@@ -3,6 +3,9 @@
 //! ggml's searches (`make_qx_quants`, `make_qkx2_quants`, `make_q3_quants`) with the same sums in
 //! the same order. [`LANES`] groups are searched together, each in a lane of its own, so that a sum
 //! runs over the elements of its group in order and still vectorises.
+#![allow(clippy::needless_range_loop, reason = "`c` is the lane, in several arrays at once")]
+#![allow(clippy::needless_bitwise_bool, reason = "without branches the lanes vectorise")]
+#![allow(clippy::float_cmp, reason = "whole numbers")]
 
 use crate::encoding::ggml::quantize::largest;
 
@@ -11,6 +14,9 @@ pub(super) const LANES: usize = 8;
 
 /// One number for each of them.
 pub(super) type Lanes = [f32; LANES];
+
+/// Their elements, group after group.
+pub(super) type Groups<T, const N: usize> = [[T; N]; LANES];
 
 /// A magnitude below this counts as zero.
 pub(super) const SMALLEST: f32 = 1e-15;
@@ -46,11 +52,11 @@ pub(super) struct Grid {
 /// the range, then for each step of the grid the codes it gives, and the least-squares scale and
 /// minimum for these codes; a step starts from the best minimum so far. The codes go to `codes`.
 pub(super) fn affine<const N: usize>(
-    groups: &[[f32; N]; LANES],
-    weights: &[[f32; N]; LANES],
+    groups: &Groups<f32, N>,
+    weights: &Groups<f32, N>,
     grid: &Grid,
     error: impl Fn(f32) -> f32,
-    codes: &mut [[u8; N]; LANES],
+    codes: &mut Groups<u8, N>,
 ) -> [Affine; LANES] {
     let (values, weights) = (transpose(groups), transpose(weights));
     let (mut min, mut max) = (values[0], values[0]);
@@ -154,9 +160,9 @@ fn least_squares<const N: usize>(
 /// squares of the values, for the codes that give the least error. The grid divides the largest
 /// magnitude into `top + i/10` parts, `i` in `−9..=9`. The codes go to `codes`.
 pub(super) fn symmetric<const N: usize>(
-    groups: &[[f32; N]; LANES],
+    groups: &Groups<f32, N>,
     top: f32,
-    codes: &mut [[u8; N]; LANES],
+    codes: &mut Groups<u8, N>,
 ) -> Lanes {
     let values = transpose(groups);
     let max = lanes(|c| largest(&groups[c]).1);
@@ -194,15 +200,15 @@ pub(super) fn symmetric<const N: usize>(
     })
 }
 
-/// As [`symmetric`], but from the codes of the plain scale on, single codes are changed, in at most
-/// five rounds over the group, where that makes the error less.
+/// The same scale by another search: it starts from the codes of the plain scale and changes single
+/// codes where that makes the error less, in at most five rounds over the group.
 ///
-/// The sums have the sign of the negated largest value, and like ggml's search this one changes
-/// nothing where they are negative.
+/// Like ggml's, it changes nothing in a group whose largest magnitude belongs to a positive value:
+/// there all products of value and level are negative, and only positive sums are looked at.
 pub(super) fn symmetric_by_code<const N: usize>(
-    groups: &[[f32; N]; LANES],
+    groups: &Groups<f32, N>,
     top: f32,
-    codes: &mut [[u8; N]; LANES],
+    codes: &mut Groups<u8, N>,
 ) -> Lanes {
     let values = transpose(groups);
     let max = lanes(|c| largest(&groups[c]).1);
@@ -250,6 +256,6 @@ fn lanes(value: impl FnMut(usize) -> f32) -> Lanes {
 }
 
 /// Element `i` of every group side by side.
-fn transpose<const N: usize>(groups: &[[f32; N]; LANES]) -> [Lanes; N] {
+fn transpose<const N: usize>(groups: &Groups<f32, N>) -> [Lanes; N] {
     std::array::from_fn(|i| std::array::from_fn(|c| groups[c][i]))
 }

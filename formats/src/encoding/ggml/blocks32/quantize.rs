@@ -1,14 +1,14 @@
 //! Quantizers of the blocks of 32: one pass for the extremes, one for the codes.
 
 use super::{Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
-use crate::encoding::ggml::quantize::{Quantize, inverse, largest, to_scale};
+use crate::encoding::ggml::quantize::{Quantize, inverse, largest, magnitude, to_scale};
 
 impl Quantize<32> for Q8_0 {
     /// The largest magnitude becomes 127; halves round away from zero.
     fn quantize(values: &[f32; 32]) -> Option<Self> {
-        let d = values.iter().fold(0.0f32, |most, value| most.max(value.abs())) / 127.0;
+        let d = magnitude(values) / 127.0;
         let inverse = inverse(d);
-        let qs = values.map(|value| (value * inverse).round() as i8);
+        let qs = values.map(|value| round_half_away(value * inverse));
         Some(Self { d: to_scale(d)?, qs })
     }
 }
@@ -68,9 +68,15 @@ fn unsigned_codes(values: &[f32; 32], top: f32) -> (f32, f32, [u8; 32]) {
     (d, min, values.map(|value| truncate_within((value - min) * inverse + 0.5, top)))
 }
 
+/// `value.round()`, but a loop of it vectorises on every processor.
+fn round_half_away(value: f32) -> i8 {
+    // A whole half would carry the number before one half to one.
+    (value + 0.5f32.next_down().copysign(value)) as i32 as i8
+}
+
 /// `value` without its fraction, at most `top`.
 fn truncate_within(value: f32, top: f32) -> u8 {
-    (if value < top { value } else { top }) as u8
+    (if value < top { value } else { top }) as i32 as u8
 }
 
 /// Nibbles of elements `j` and `j + 16`.
@@ -100,6 +106,17 @@ mod tests {
         assert_eq!(bytemuck::bytes_of(&q8)[..6], [0x1f, 0x21, 0x7f, 0x9c, 0x32, 0x00]);
         let q4 = Q4_0::quantize(&values()).unwrap();
         assert_eq!(bytemuck::bytes_of(&q4)[..6], [0x14, 0xb1, 0x80, 0x8e, 0x85, 0x88]);
+    }
+
+    #[test]
+    fn halves_round_away_from_zero() {
+        for whole in 0u8..127 {
+            let half = f32::from(whole) + 0.5;
+            for value in [half.next_down(), half, half.next_up(), f32::from(whole)] {
+                assert_eq!(round_half_away(value), value.round() as i8);
+                assert_eq!(round_half_away(-value), (-value).round() as i8);
+            }
+        }
     }
 
     #[test]
