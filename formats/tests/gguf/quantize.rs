@@ -55,6 +55,46 @@ fn blocks_equal_ggml_byte_for_byte() {
     }
 }
 
+#[test]
+fn the_example_of_the_format_description() {
+    let mut values = [0.0; 32];
+    values[..3].copy_from_slice(&[1.27, -1.0, 0.5]);
+    let cases: [(_, &[u8], _, _, [f32; 4]); 4] = [
+        (
+            GgmlType::Q8_0,
+            &[0x1f, 0x21, 0x7f, 0x9c, 0x32, 0x00],
+            28,
+            0x00,
+            [1.270_271_3, -1.000_213_6, 0.500_106_8, 0.0],
+        ),
+        (
+            GgmlType::Q4_0,
+            &[0x14, 0xb1, 0x80, 0x8e, 0x85, 0x88],
+            12,
+            0x88,
+            [1.269_531_2, -0.952_148_44, 0.476_074_22, -0.0],
+        ),
+        (
+            GgmlType::Q4_1,
+            &[0xd8, 0x30, 0x00, 0xbc, 0x7f, 0x70, 0x7a, 0x77],
+            12,
+            0x77,
+            [1.270_507_8, -1.0, 0.513_671_9, 0.059_570_312],
+        ),
+        (GgmlType::MXFP4, &[0x7d, 0x07, 0x0e, 0x04, 0x00], 12, 0x00, [1.5, -1.0, 0.5, 0.0]),
+    ];
+    for (ty, head, count, rest, decoded) in cases {
+        let blocks = encode(ty, &values).unwrap();
+        assert_eq!(blocks, [head, &vec![rest; count]].concat(), "{ty}");
+        let found = decode(ty, &blocks, 32);
+        assert_eq!(
+            found[..4].iter().map(|x| x.to_bits()).collect::<Vec<_>>(),
+            decoded.map(f32::to_bits),
+            "{ty}"
+        );
+    }
+}
+
 /// 2:4: two of each four are zeros of either sign.
 fn two_of_four() -> impl Strategy<Value = Vec<f32>> {
     let value = (-1.0f32..1.0, -20i32..12).prop_map(|(x, exponent)| x * 2f32.powi(exponent));

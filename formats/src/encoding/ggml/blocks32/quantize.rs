@@ -93,21 +93,6 @@ fn fifth_bits(codes: &[u8; 32]) -> [u8; 4] {
 mod tests {
     use super::*;
 
-    /// 1.27, −1, 0.5 and zeros.
-    fn values() -> [f32; 32] {
-        let mut values = [0.0; 32];
-        values[..3].copy_from_slice(&[1.27, -1.0, 0.5]);
-        values
-    }
-
-    #[test]
-    fn the_example_of_the_format_description() {
-        let q8 = Q8_0::quantize(&values()).unwrap();
-        assert_eq!(bytemuck::bytes_of(&q8)[..6], [0x1f, 0x21, 0x7f, 0x9c, 0x32, 0x00]);
-        let q4 = Q4_0::quantize(&values()).unwrap();
-        assert_eq!(bytemuck::bytes_of(&q4)[..6], [0x14, 0xb1, 0x80, 0x8e, 0x85, 0x88]);
-    }
-
     #[test]
     fn halves_round_away_from_zero() {
         for whole in 0u8..127 {
