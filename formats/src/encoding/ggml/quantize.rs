@@ -21,7 +21,8 @@ pub(super) trait Quantize<const LEN: usize>: QuantBlock<LEN> {
 
 /// Appends rows of `cols` elements to `out` as blocks of `ty`. `rows` are little-endian bytes of
 /// the element type that [`Encoding::value_dtype`](crate::Encoding::value_dtype) says: F32 for
-/// quant blocks. Rows do not depend on each other; `first_row` is for messages.
+/// quant blocks; plain elements pass unchanged. Rows do not depend on each other; `first_row` is for
+/// messages.
 ///
 /// # Errors
 /// [`FormatError::Encoding`] when `rows` are not whole rows of whole blocks, or naming row and
