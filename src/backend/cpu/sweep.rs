@@ -14,16 +14,13 @@ use super::select::{self, Lowest};
 use super::simd::vectorised;
 use crate::backend::{Result, SweepRule};
 
-/// Rows of a strip: they share each row of `u` while it is in the cache.
-const SWEEP_STRIP: usize = 16;
-/// Values that are updated together: one AVX-512 register.
-const LANES: usize = 16;
+/// Rows of a strip: their part of a column block of 128 columns is 32 KiB.
+const SWEEP_STRIP: usize = 64;
 /// Rows of a strip of the lazy update.
 const UPDATE_STRIP: usize = 256;
 
-/// `u` inside a column block.
+/// `u` inside a column block, `[width, width]`.
 struct Block {
-    /// Above the diagonal, `[width, width]`; zero elsewhere.
     u: Vec<f32>,
     diagonal: Vec<f32>,
     width: usize,
@@ -32,14 +29,17 @@ struct Block {
 impl Block {
     fn new(u: &[f32], cols: usize, columns: Range<usize>) -> Self {
         let width = columns.len();
-        let mut block = vec![0.0; width * width];
-        let mut diagonal = Vec::with_capacity(width);
-        for (j, column) in columns.clone().enumerate() {
-            let row = &u[column * cols..][columns.clone()];
-            diagonal.push(row[j]);
-            block[j * width..][j + 1..width].copy_from_slice(&row[j + 1..]);
+        let rows = columns.clone().map(|j| &u[j * cols..][columns.clone()]);
+        Self {
+            u: rows.flatten().copied().collect(),
+            diagonal: columns.clone().map(|j| u[j * cols + j]).collect(),
+            width,
         }
-        Self { u: block, diagonal, width }
+    }
+
+    /// Row `j` right of the diagonal.
+    fn right_of(&self, j: usize) -> &[f32] {
+        &self.u[j * self.width..][j + 1..self.width]
     }
 
     /// `w² / u_jj²`, the error that zeroing the weight costs.
@@ -87,73 +87,105 @@ pub(super) fn obs_sweep(
     }
     let strip = strip_len(SWEEP_STRIP, width);
     work.par_chunks_mut(strip)
-        .zip(zero.par_chunks_mut(strip))
+        .zip(zero.par_chunks(strip))
         .zip(w.par_chunks_mut(strip_len(SWEEP_STRIP, cols)))
         .for_each(|((work, zero), w)| {
-            sweep_strip(&block, rule, work, zero);
-            let rows = work.chunks_exact_mut(width).zip(zero.chunks_exact(width));
-            for ((work, zero), w) in rows.zip(w.chunks_exact_mut(cols)) {
-                let swept = work.iter_mut().zip(zero).zip(&mut w[columns.clone()]);
-                for ((work, &zero), w) in swept {
+            let mut swept = transposed(work, width);
+            let mut zero = transposed(zero, width);
+            sweep_strip(&block, rule, &mut swept, &mut zero);
+            let rows = work.len() / width;
+            let lanes = work.chunks_exact_mut(width).zip(w.chunks_exact_mut(cols)).enumerate();
+            for (lane, (work, w)) in lanes {
+                for (j, (err, w)) in work.iter_mut().zip(&mut w[columns.clone()]).enumerate() {
                     // What was swept is an error where a weight was zeroed, else the weight.
-                    *w = if zero { 0.0 } else { std::mem::replace(work, 0.0) };
+                    let value = swept[j * rows + lane];
+                    (*err, *w) = if zero[j * rows + lane] { (value, 0.0) } else { (0.0, value) };
                 }
             }
         });
     Ok(CpuMatrix::from_f32(rows, width, work))
 }
 
+/// The transpose of some rows of `width` columns.
+fn transposed<T: Copy>(rows: &[T], width: usize) -> Vec<T> {
+    (0..width).flat_map(|j| rows.iter().skip(j).step_by(width)).copied().collect()
+}
+
 vectorised! {
-    /// Sweeps some rows of a column block: marks in `zero` what a rule chooses group by group, and
-    /// leaves in `work` the scaled error of each weight that is zeroed, the new value of the others.
+    /// Sweeps a strip of rows of a column block, given column by column: marks in `zero` what a rule
+    /// chooses group by group, and leaves in `work` the scaled error of each weight that is zeroed,
+    /// the new value of the others.
     fn sweep_strip<'a>(
         block: &'a Block,
         rule: SweepRule,
         work: &'a mut [f32],
         zero: &'a mut [bool],
     ) {
-        let width = block.width;
-        for j in 0..width {
-            // From a whole vector on: `u` is zero up to the diagonal.
-            let from = j / LANES * LANES;
-            let u = &block.u[j * width..][from..width];
-            let rows = work.chunks_exact_mut(width).zip(zero.chunks_exact_mut(width));
-            for (work, zero) in rows {
-                if let SweepRule::Group { zeros, m } = rule
-                    && j % m == 0
-                {
-                    choose_in_group(block, &work[j..j + m], j, zeros, &mut zero[j..j + m]);
+        // Loops over the rows of a column; their number is not a constant, or the compiler would
+        // unroll them and vectorise the loop over columns with gathers.
+        let rows = work.len() / block.width;
+        let mut err = vec![0.0; rows];
+        let mut ranking = Ranking::new(rows);
+        for j in 0..block.width {
+            let (work, zero) = (&mut work[j * rows..], &mut zero[j * rows..]);
+            if let SweepRule::Group { zeros, m } = rule
+                && j % m == 0
+            {
+                let group = ..m * rows;
+                ranking.choose(block, &work[group], j, zeros as u32, &mut zero[group]);
+            }
+            let (column, right) = work.split_at_mut(rows);
+            let diagonal = block.diagonal[j];
+            for ((err, w), zero) in err.iter_mut().zip(column).zip(&*zero) {
+                let scaled = *w / diagonal;
+                *err = if *zero { scaled } else { 0.0 };
+                *w = if *zero { scaled } else { *w };
+            }
+            for (column, u) in right.chunks_exact_mut(rows).zip(block.right_of(j)) {
+                for (w, err) in column.iter_mut().zip(&err) {
+                    *w -= err * u;
                 }
-                if !zero[j] {
-                    continue;
-                }
-                let err = work[j] / block.diagonal[j];
-                if err != 0.0 {
-                    for (work, u) in work[from..].iter_mut().zip(u) {
-                        *work -= err * u;
-                    }
-                }
-                work[j] = err;
             }
         }
     }
 }
 
-#[allow(clippy::inline_always, reason = "part of a vectorised body")]
-#[inline(always)]
-fn choose_in_group(block: &Block, w: &[f32], first: usize, zeros: usize, zero: &mut [bool]) {
-    let mut few = [0u32; 16];
-    let mut many = Vec::new();
-    let scores = if let Some(few) = few.get_mut(..w.len()) {
-        few
-    } else {
-        many.resize(w.len(), 0);
-        &mut many[..]
-    };
-    for (i, (score, w)) in scores.iter_mut().zip(w).enumerate() {
-        *score = block.score(*w, first + i);
+/// Ranks the weights of groups, for a strip of rows.
+struct Ranking {
+    scores: Vec<u32>,
+    /// For each row, how many of a group's weights have a lower score than one of them.
+    lower: Vec<u32>,
+}
+
+impl Ranking {
+    fn new(rows: usize) -> Self {
+        Self { scores: Vec::new(), lower: vec![0; rows] }
     }
-    select::lowest_of(scores, zeros, |i| zero[i] = true);
+
+    /// Marks the `zeros` lowest scores of each row in the columns of a group, of which `first` is
+    /// the first; an equal score counts as lower if it stands before.
+    #[allow(clippy::inline_always, reason = "part of a vectorised body")]
+    #[inline(always)]
+    fn choose(&mut self, block: &Block, w: &[f32], first: usize, zeros: u32, zero: &mut [bool]) {
+        let rows = self.lower.len();
+        self.scores.clear();
+        for (i, w) in w.chunks_exact(rows).enumerate() {
+            self.scores.extend(w.iter().map(|w| block.score(*w, first + i)));
+        }
+        for (i, zero) in zero.chunks_exact_mut(rows).enumerate() {
+            self.lower.fill(0);
+            let own = &self.scores[i * rows..][..rows];
+            for (other, scores) in self.scores.chunks_exact(rows).enumerate() {
+                let each = self.lower.iter_mut().zip(own).zip(scores);
+                if other < i {
+                    each.for_each(|((lower, own), other)| *lower += u32::from(other <= own));
+                } else {
+                    each.for_each(|((lower, own), other)| *lower += u32::from(other < own));
+                }
+            }
+            zero.iter_mut().zip(&self.lower).for_each(|(zero, lower)| *zero = *lower < zeros);
+        }
+    }
 }
 
 /// `w[:, end..] −= err · u[columns, end..]`.
