@@ -15,6 +15,9 @@ pub enum DType {
     U8,
     /// Signed byte.
     I8,
+    /// 8-bit float with 4 exponent and 3 mantissa bits, no infinity ("e4m3fn").
+    #[serde(rename = "F8_E4M3")]
+    F8E4m3,
     /// 16-bit signed integer.
     I16,
     /// 16-bit unsigned integer.
@@ -40,10 +43,11 @@ pub enum DType {
 
 impl DType {
     /// Every element type this crate can name.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Bool,
         Self::U8,
         Self::I8,
+        Self::F8E4m3,
         Self::I16,
         Self::U16,
         Self::F16,
@@ -59,7 +63,7 @@ impl DType {
     /// Bytes of one element.
     pub const fn size_bytes(self) -> usize {
         match self {
-            Self::Bool | Self::U8 | Self::I8 => 1,
+            Self::Bool | Self::U8 | Self::I8 | Self::F8E4m3 => 1,
             Self::I16 | Self::U16 | Self::F16 | Self::Bf16 => 2,
             Self::I32 | Self::U32 | Self::F32 => 4,
             Self::I64 | Self::U64 | Self::F64 => 8,
@@ -72,6 +76,7 @@ impl DType {
             Self::Bool => "BOOL",
             Self::U8 => "U8",
             Self::I8 => "I8",
+            Self::F8E4m3 => "F8_E4M3",
             Self::I16 => "I16",
             Self::U16 => "U16",
             Self::F16 => "F16",
@@ -92,7 +97,7 @@ impl DType {
 
     /// Whether values of this type are weights that can be decoded to f32.
     pub const fn is_float_weight(self) -> bool {
-        matches!(self, Self::F32 | Self::F16 | Self::Bf16)
+        matches!(self, Self::F32 | Self::F16 | Self::Bf16 | Self::F8E4m3)
     }
 }
 

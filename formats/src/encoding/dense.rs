@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 
-use super::MatrixShape;
+use super::{MatrixShape, f8};
 use crate::{DType, FormatError, Result};
 
 /// Elements converted at a time: 2 KiB of halves, 4 KiB of floats.
@@ -41,14 +41,20 @@ pub(super) fn decode_f32(
     rows: Range<usize>,
     out: &mut [f32],
 ) -> Result<()> {
-    if !dtype.is_float_weight() {
-        return Err(FormatError::Encoding {
-            name: name.to_owned(),
-            what: format!("{dtype} values are not weights; expected F32, F16 or BF16"),
-        });
-    }
+    check_float(name, dtype)?;
     to_f32(dtype, row_bytes(dtype, matrix, bytes, rows), out);
     Ok(())
+}
+
+/// Refuses element types that are not float weights.
+pub(super) fn check_float(name: &str, dtype: DType) -> Result<()> {
+    if dtype.is_float_weight() {
+        return Ok(());
+    }
+    Err(FormatError::Encoding {
+        name: name.to_owned(),
+        what: format!("{dtype} values are not weights; expected F32, F16, BF16 or F8_E4M3"),
+    })
 }
 
 /// Converts little-endian `bytes` of a float type into `out`, exactly.
@@ -70,6 +76,11 @@ pub(super) fn to_f32(dtype: DType, bytes: &[u8], out: &mut [f32]) {
                 *out = f32::from_bits(u32::from(u16::from_le_bytes(*pair)) << 16);
             }
         }
+        DType::F8E4m3 => {
+            for (out, &code) in out.iter_mut().zip(bytes) {
+                *out = f8::to_f32(code);
+            }
+        }
         _ => {
             for (out, quad) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
                 *out = f32::from_le_bytes(*quad);
@@ -79,20 +90,17 @@ pub(super) fn to_f32(dtype: DType, bytes: &[u8], out: &mut [f32]) {
 }
 
 /// Appends `values` as little-endian bytes of `dtype`, rounded to the nearest value, ties to even.
-/// Infinities and NaNs pass; a NaN may change its payload.
+/// Infinities and NaNs pass (`F8_E4M3` has no infinity to pass); a NaN may change its payload.
 ///
 /// # Errors
-/// [`FormatError::Encoding`] naming the first value that is finite but too large for `dtype` (`out`
-/// is then as it was), or a `dtype` other than F32, F16 and BF16.
+/// [`FormatError::Encoding`] naming the first value that is finite but too large for `dtype`, or
+/// infinite for `F8_E4M3` (`out` is then as it was), or a `dtype` that is not a float weight type.
 pub fn encode_f32(name: &str, dtype: DType, values: &[f32], out: &mut Vec<u8>) -> Result<()> {
+    check_float(name, dtype)?;
     let before = out.len();
     out.reserve(values.len() * dtype.size_bytes());
     for (chunk_index, chunk) in values.chunks(CHUNK).enumerate() {
         let overflow = match dtype {
-            DType::F32 => {
-                append(out, chunk, f32::to_le_bytes);
-                None
-            }
             DType::F16 => {
                 let mut lanes = [f16::ZERO; CHUNK];
                 let lanes = &mut lanes[..chunk.len()];
@@ -104,11 +112,13 @@ pub fn encode_f32(name: &str, dtype: DType, values: &[f32], out: &mut Vec<u8>) -
                 append(out, chunk, |value| round_to_bf16(value).to_le_bytes());
                 overflowed(chunk, chunk, |value| bf16::from_bits(round_to_bf16(value)).is_finite())
             }
+            DType::F8E4m3 => {
+                append(out, chunk, |value| [f8::round(value)]);
+                f8::overflowed(chunk)
+            }
             _ => {
-                return Err(FormatError::Encoding {
-                    name: name.to_owned(),
-                    what: format!("cannot store f32 values as {dtype}; expected F32, F16 or BF16"),
-                });
+                append(out, chunk, f32::to_le_bytes);
+                None
             }
         };
         if let Some(at) = overflow {
@@ -204,9 +214,10 @@ mod tests {
         let error = decode_f32("w", DType::I8, matrix, &[0], 0..1, &mut [0.0]).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "tensor `w`: I8 values are not weights; expected F32, F16 or BF16"
+            "tensor `w`: I8 values are not weights; expected F32, F16, BF16 or F8_E4M3"
         );
         assert!(encode_f32("w", DType::I8, &[1.0], &mut vec![]).is_err());
+        assert!(encode_f32("w", DType::I8, &[], &mut vec![]).is_err());
     }
 
     proptest! {

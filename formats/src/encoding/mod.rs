@@ -2,6 +2,7 @@
 
 pub mod dense;
 mod encoder;
+mod f8;
 pub mod ggml;
 pub mod sparse24;
 
