@@ -158,9 +158,9 @@ fn names_and_types_are_checked() {
     let twice = r#"{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}"#;
     refused!(file(twice, 2), DuplicateTensor, "m.safetensors: tensor `a` appears twice");
     refused!(
-        file(&one("a", "F8_E4M3"), 1),
+        file(&one("a", "F8_E5M2"), 1),
         UnsupportedType,
-        "m.safetensors: tensor `a` has the unsupported type F8_E4M3; supported: BOOL, U8, I8, I16, U16, F16, BF16, I32, U32, F32, I64, U64, F64"
+        "m.safetensors: tensor `a` has the unsupported type F8_E5M2; supported: BOOL, U8, I8, F8_E4M3, I16, U16, F16, BF16, I32, U32, F32, I64, U64, F64"
     );
     refused!(file(&one("", "U8"), 1), InvalidTensor, "m.safetensors: tensor ``: the name is empty");
     refused!(
@@ -298,7 +298,7 @@ fn components_of_packed_tensors_are_checked() {
     refused!(
         packed(&[values, metadata], r#"{"w":{"encoding":"dense","dtype":"BF16","shape":[1,8]}}"#),
         InvalidTensor,
-        "m.safetensors: tensor `w`: the encoding BF16 cannot be declared in a safetensors file; expected sparse24"
+        "m.safetensors: tensor `w`: the encoding BF16 cannot be declared in a safetensors file; expected sparse24, nm or bitmask"
     );
     refused!(
         packed(

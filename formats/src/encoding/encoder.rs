@@ -1,6 +1,6 @@
 //! From dense rows to the components of an encoding, some rows at a time.
 
-use super::{Encoding, MatrixShape, ggml, sparse24};
+use super::{Encoding, MatrixShape, bitmask, ggml, nm, sparse24};
 use crate::{FormatError, Result};
 
 /// Encodes one tensor in row order. What [`rows`](Self::rows) and [`finish`](Self::finish) return
@@ -11,6 +11,8 @@ pub struct Encoder {
     name: String,
     matrix: MatrixShape,
     rows_done: usize,
+    /// What a bitmask's rows have in common.
+    bitmask: bitmask::State,
 }
 
 impl Encoder {
@@ -21,7 +23,8 @@ impl Encoder {
     pub fn new(encoding: Encoding, name: &str, shape: &[usize]) -> Result<Self> {
         encoding.components(name, shape)?;
         let matrix = MatrixShape::of(shape);
-        Ok(Self { encoding, name: name.to_owned(), matrix, rows_done: 0 })
+        let (name, bitmask) = (name.to_owned(), bitmask::State::default());
+        Ok(Self { encoding, name, matrix, rows_done: 0, bitmask })
     }
 
     /// Encodes the next rows, given as little-endian bytes of [`Encoding::value_dtype`].
@@ -40,26 +43,47 @@ impl Encoder {
                 self.matrix.rows
             )));
         }
-        let parts = match self.encoding {
-            Encoding::Dense { .. } => vec![dense.to_vec()],
-            Encoding::Sparse24 { dtype } => {
-                let (mut values, mut metadata) = (Vec::new(), Vec::new());
-                let chunk = MatrixShape { rows, cols: self.matrix.cols };
-                sparse24::encode(&self.name, dtype, chunk, dense, &mut values, &mut metadata)?;
-                vec![values, metadata]
-            }
-            Encoding::Ggml { ty } => {
-                let mut blocks = Vec::new();
-                let MatrixShape { cols, .. } = self.matrix;
-                ggml::encode(&self.name, ty, cols, self.rows_done, dense, &mut blocks)?;
-                vec![blocks]
-            }
-        };
+        let parts =
+            match self.encoding {
+                Encoding::Dense { .. } => vec![dense.to_vec()],
+                Encoding::Ggml { ty } => {
+                    let mut blocks = Vec::new();
+                    let MatrixShape { cols, .. } = self.matrix;
+                    ggml::encode(&self.name, ty, cols, self.rows_done, dense, &mut blocks)?;
+                    vec![blocks]
+                }
+                Encoding::Sparse24 { dtype } => {
+                    let (mut values, mut metadata) = (Vec::new(), Vec::new());
+                    let chunk = MatrixShape { rows, cols: self.matrix.cols };
+                    let out = (&mut values, &mut metadata);
+                    sparse24::encode_from(
+                        self.rows_done,
+                        &self.name,
+                        dtype,
+                        chunk,
+                        dense,
+                        out.0,
+                        out.1,
+                    )?;
+                    vec![values, metadata]
+                }
+                Encoding::Nm { n, m, dtype } => {
+                    let (mut values, mut mask) = (Vec::new(), Vec::new());
+                    nm::Codec::new(&self.name, nm::Pattern { n, m }, dtype, self.matrix.cols)
+                        .encode(self.rows_done, dense, &mut values, &mut mask)?;
+                    vec![values, mask]
+                }
+                Encoding::Bitmask { dtype, kept } => {
+                    let codec =
+                        bitmask::Codec { name: &self.name, dtype, kept, matrix: self.matrix };
+                    codec.encode(&mut self.bitmask, self.rows_done, dense)?
+                }
+            };
         self.rows_done += rows;
         Ok(parts)
     }
 
-    /// What remains to be appended after the last row.
+    /// What remains to be appended after the last row; nothing for most encodings.
     ///
     /// # Errors
     /// [`FormatError::Encoding`] when rows are missing.
@@ -68,7 +92,13 @@ impl Encoder {
         if self.rows_done < rows && cols > 0 {
             return Err(self.refuse(format!("{} of {rows} rows were encoded", self.rows_done)));
         }
-        Ok(vec![])
+        Ok(match self.encoding {
+            Encoding::Bitmask { dtype, kept } => {
+                let codec = bitmask::Codec { name: &self.name, dtype, kept, matrix: self.matrix };
+                codec.finish(self.bitmask)
+            }
+            _ => vec![],
+        })
     }
 
     fn refuse(&self, what: String) -> FormatError {

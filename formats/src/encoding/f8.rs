@@ -96,7 +96,10 @@ mod tests {
         let encoding = Encoding::Dense { dtype: DType::F8E4m3 };
         encoding.decode_all_f32("w", &[256], &[&codes], &mut decoded).unwrap();
         for (code, (ours, theirs)) in decoded.iter().zip(&values).enumerate() {
-            assert!(ours.to_bits() == theirs.to_bits() || ours.is_nan() && theirs.is_nan(), "{code}");
+            assert!(
+                ours.to_bits() == theirs.to_bits() || ours.is_nan() && theirs.is_nan(),
+                "{code}"
+            );
         }
         assert_eq!(values.iter().filter(|value| value.is_nan()).count(), 2);
     }

@@ -1,9 +1,13 @@
 //! How the values of one tensor become bytes, independent of the container they lie in.
 
+mod bitmask;
 pub mod dense;
 mod encoder;
 mod f8;
 pub mod ggml;
+mod mask;
+mod nibbles;
+pub mod nm;
 pub mod sparse24;
 
 use std::fmt;
@@ -27,8 +31,29 @@ pub enum Encoding {
     /// 2:4 sparse: two kept values and two 2-bit positions per group of four columns
     /// (see [`sparse24`]).
     Sparse24 {
-        /// Element type of the kept values (a 16-bit or 32-bit float type).
+        /// Element type of the kept values (a float type, I8 or U8).
         dtype: DType,
+    },
+    /// n:m sparse: `n` kept values and `m` mask bits per group of `m` columns, `m` up to 16; not 2:4
+    /// (see [`nm`]).
+    Nm {
+        /// Kept columns of a group.
+        n: u8,
+        /// Columns of a group.
+        m: u8,
+        /// Element type of the kept values (a float type, I8 or U8).
+        dtype: DType,
+    },
+    /// Sparse without a pattern: kept values and a bit for each element.
+    ///
+    /// Components of a matrix `[R, C]`: `.values [kept]`, row-major, zeros behind the last;
+    /// `.mask` U8 `[R, ceil(C/8)]`, least significant bit first; `.offsets` U64 `[ceil(R/64) + 1]`,
+    /// the number of values before every 64th row, and in all.
+    Bitmask {
+        /// Element type of the kept values (a float type, I8 or U8).
+        dtype: DType,
+        /// Room for values; a matrix may have fewer that are not zero, not more.
+        kept: u64,
     },
     /// ggml quant blocks along each row.
     Ggml {
@@ -55,8 +80,9 @@ impl Encoding {
     /// The pieces a tensor of `shape` is stored as, in order.
     ///
     /// # Errors
-    /// [`FormatError::Encoding`] when the encoding cannot hold that shape (2:4 needs a matrix whose
-    /// columns divide by four; ggml blocks need rows of whole blocks), or its size overflows.
+    /// [`FormatError::Encoding`] when the encoding cannot hold that shape (n:m needs a matrix whose
+    /// columns divide by m; ggml blocks need rows of whole blocks), its parameters are out of range, or
+    /// its size overflows.
     pub fn components(self, name: &str, shape: &[usize]) -> Result<Vec<Component>> {
         match self {
             Self::Dense { dtype } => Ok(vec![Component {
@@ -69,6 +95,8 @@ impl Encoding {
                 })?,
             }]),
             Self::Sparse24 { dtype } => sparse24::components(name, dtype, shape),
+            Self::Nm { n, m, dtype } => nm::components(name, nm::Pattern { n, m }, dtype, shape),
+            Self::Bitmask { dtype, kept } => bitmask::components(name, dtype, kept, shape),
             Self::Ggml { ty } => Ok(vec![Component {
                 suffix: "",
                 dtype: DType::U8,
@@ -81,7 +109,10 @@ impl Encoding {
     /// Element type of the decoded values: what the encoding stores without loss.
     pub fn value_dtype(self) -> DType {
         match self {
-            Self::Dense { dtype } | Self::Sparse24 { dtype } => dtype,
+            Self::Dense { dtype }
+            | Self::Sparse24 { dtype }
+            | Self::Nm { dtype, .. }
+            | Self::Bitmask { dtype, .. } => dtype,
             Self::Ggml { ty: GgmlType::F16 } => DType::F16,
             Self::Ggml { ty: GgmlType::BF16 } => DType::Bf16,
             Self::Ggml { .. } => DType::F32,
@@ -94,8 +125,15 @@ impl Encoding {
             self,
             Self::Dense { .. }
                 | Self::Sparse24 { .. }
+                | Self::Nm { .. }
+                | Self::Bitmask { .. }
                 | Self::Ggml { ty: GgmlType::F32 | GgmlType::F16 | GgmlType::BF16 }
         )
+    }
+
+    /// Whether a tensor is stored as several components of a safetensors file, and declared there.
+    pub fn is_packed(self) -> bool {
+        matches!(self, Self::Sparse24 { .. } | Self::Nm { .. } | Self::Bitmask { .. })
     }
 
     /// Decodes a whole tensor: [`decode_f32`](Self::decode_f32) of all its rows.
@@ -142,8 +180,16 @@ impl Encoding {
                 ),
             });
         }
+        dense::check_float(name, self.value_dtype())?;
         match self {
             Self::Dense { dtype } => dense::decode_f32(name, dtype, matrix, parts[0], rows, out),
+            Self::Nm { n, m, dtype } => {
+                let codec = nm::Codec::new(name, nm::Pattern { n, m }, dtype, matrix.cols);
+                codec.decode_f32(dtype, rows, parts[0], parts[1], out)
+            }
+            Self::Bitmask { dtype, kept } => {
+                bitmask::Codec { name, dtype, kept, matrix }.decode_f32(rows, parts, out)
+            }
             Self::Sparse24 { dtype } => {
                 sparse24::decode_f32(name, dtype, matrix, parts[0], parts[1], rows, out)
             }
@@ -156,7 +202,7 @@ impl Encoding {
 
     /// Appends rows `rows` to `out` as little-endian bytes of [`Self::value_dtype`].
     ///
-    /// Dense and 2:4 tensors come out bit for bit; ggml blocks come out as their decoded values.
+    /// Dense and sparse tensors come out bit for bit; ggml blocks come out as their decoded values.
     ///
     /// # Errors
     /// As [`Self::decode_f32`], but every dense element type is accepted. `out` is then as it was.
@@ -170,13 +216,15 @@ impl Encoding {
     ) -> Result<()> {
         let matrix = MatrixShape::of(shape);
         self.check_parts(name, shape, parts)?;
-        if rows.end > matrix.rows || rows.start > rows.end {
-            return Err(FormatError::Encoding {
-                name: name.to_owned(),
-                what: format!("rows {rows:?} of {} asked for", matrix.rows),
-            });
-        }
+        check_rows(name, &rows, matrix.rows)?;
         match self {
+            Self::Nm { n, m, dtype } => {
+                let codec = nm::Codec::new(name, nm::Pattern { n, m }, dtype, matrix.cols);
+                codec.decode(rows, parts[0], parts[1], out)
+            }
+            Self::Bitmask { dtype, kept } => {
+                bitmask::Codec { name, dtype, kept, matrix }.decode(rows, parts, out)
+            }
             Self::Dense { dtype } => {
                 out.extend_from_slice(dense::row_bytes(dtype, matrix, parts[0], rows));
                 Ok(())
@@ -212,11 +260,35 @@ impl Encoding {
     }
 }
 
+/// Refuses rows that a tensor does not have.
+fn check_rows(name: &str, rows: &std::ops::Range<usize>, has: usize) -> Result<()> {
+    if rows.start <= rows.end && rows.end <= has {
+        return Ok(());
+    }
+    Err(FormatError::Encoding {
+        name: name.to_owned(),
+        what: format!("rows {rows:?} of {has} asked for"),
+    })
+}
+
+/// Refuses a buffer of another length than the shape demands.
+fn check_length(name: &str, what: &str, found: usize, expected: usize) -> Result<()> {
+    if found == expected {
+        return Ok(());
+    }
+    Err(FormatError::Encoding {
+        name: name.to_owned(),
+        what: format!("{what} has length {found}, expected {expected}"),
+    })
+}
+
 impl fmt::Display for Encoding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Dense { dtype } => write!(f, "{dtype}"),
             Self::Sparse24 { dtype } => write!(f, "2:4 {dtype}"),
+            Self::Nm { n, m, dtype } => write!(f, "{n}:{m} {dtype}"),
+            Self::Bitmask { dtype, .. } => write!(f, "bitmask {dtype}"),
             Self::Ggml { ty } => write!(f, "{ty}"),
         }
     }

@@ -21,7 +21,7 @@
 
 use std::ops::Range;
 
-use super::{Component, MatrixShape, dense};
+use super::{Component, MatrixShape, check_length, check_rows, dense, mask, nibbles};
 use crate::{DType, FormatError, Result};
 
 /// Fills the unused nibble of a row with an odd number of groups.
@@ -56,8 +56,8 @@ const fn is_legal(nibble: u8) -> bool {
 /// The stored components of a 2:4 matrix.
 pub(super) fn components(name: &str, dtype: DType, shape: &[usize]) -> Result<Vec<Component>> {
     let refuse = |what| Err(FormatError::Encoding { name: name.to_owned(), what });
-    if !dtype.is_float_weight() {
-        return refuse(format!("2:4 values of type {dtype}; expected F32, F16 or BF16"));
+    if !mask::holds(dtype) {
+        return refuse(format!("2:4 values of type {dtype}; expected {}", mask::HELD));
     }
     let &[rows, cols] = shape else {
         return refuse(format!("2:4 needs a matrix, found shape {shape:?}"));
@@ -87,8 +87,22 @@ pub(super) fn components(name: &str, dtype: DType, shape: &[usize]) -> Result<Ve
 /// # Errors
 /// [`FormatError::Encoding`] when a group of four columns has more than two elements other than
 /// `+0.0` (row and column named; `values` and `metadata` are then as they were), `dtype` is not a
-/// float weight type, the columns are not a multiple of four, or `dense_bytes` has another length.
+/// float weight type, I8 or U8, the columns are not a multiple of four, or `dense_bytes` has another
+/// length.
 pub fn encode(
+    name: &str,
+    dtype: DType,
+    matrix: MatrixShape,
+    dense_bytes: &[u8],
+    values: &mut Vec<u8>,
+    metadata: &mut Vec<u8>,
+) -> Result<()> {
+    encode_from(0, name, dtype, matrix, dense_bytes, values, metadata)
+}
+
+/// As [`encode`] for rows of which the first is row `first_row` of the tensor.
+pub(super) fn encode_from(
+    first_row: usize,
     name: &str,
     dtype: DType,
     matrix: MatrixShape,
@@ -113,13 +127,14 @@ pub fn encode(
         metadata.resize(metadata_at + meta_stride, 0);
         let (row_values, row_metadata) = (&mut values[values_at..], &mut metadata[metadata_at..]);
         let legal = match dtype.size_bytes() {
+            1 => encode_row::<4, 2>(row_in, row_values, row_metadata, group_of_bytes),
             2 => encode_row::<8, 4>(row_in, row_values, row_metadata, group_of_halves),
             _ => encode_row::<16, 8>(row_in, row_values, row_metadata, group_of_floats),
         };
         if !legal {
             values.truncate(before.0);
             metadata.truncate(before.1);
-            return Err(too_many(name, dtype, row, row_in));
+            return Err(too_many(name, dtype, first_row + row, row_in));
         }
     }
     Ok(())
@@ -156,7 +171,7 @@ pub fn decode(
 /// Decodes rows `rows` to f32, row-major, into `out`.
 ///
 /// # Errors
-/// As [`decode`]; also when `out` is not `rows × columns` long.
+/// As [`decode`]; also when `out` is not `rows × columns` long or `dtype` is not a float type.
 pub fn decode_f32(
     name: &str,
     dtype: DType,
@@ -166,6 +181,7 @@ pub fn decode_f32(
     rows: Range<usize>,
     out: &mut [f32],
 ) -> Result<()> {
+    dense::check_float(name, dtype)?;
     check_length(name, "output", out.len(), rows.len() * matrix.cols)?;
     let mut scratch = vec![0; matrix.cols * dtype.size_bytes()];
     let mut out_rows = out.chunks_exact_mut(matrix.cols.max(1));
@@ -176,6 +192,66 @@ pub fn decode_f32(
         }
         legal
     })
+}
+
+/// Appends the components of a matrix of 4-bit codes: `codes` and `values` have two in a byte, the
+/// even column in the low nibble, and code 0 counts as zero.
+///
+/// `codes` is the whole matrix or any number of whole rows of it. Component shapes in bytes:
+/// `values [rows, cols/4]`, `metadata [rows, ceil(cols/8)]`.
+///
+/// # Errors
+/// [`FormatError::Encoding`] when a group of four columns has more than two codes other than 0 (row
+/// and column named; `values` and `metadata` are then as they were), the columns are not a multiple of
+/// four, or `codes` has another length.
+pub fn encode_nibbles(
+    name: &str,
+    matrix: MatrixShape,
+    codes: &[u8],
+    values: &mut Vec<u8>,
+    metadata: &mut Vec<u8>,
+) -> Result<()> {
+    components(name, DType::U8, &[matrix.rows, matrix.cols])?;
+    check_length(name, "codes", codes.len(), matrix.rows * nibbles::stride(matrix.cols))?;
+    let codes = nibbles::unpack(name, codes, matrix.cols, 0)?;
+    let mut kept = vec![];
+    encode(name, DType::U8, matrix, &codes, &mut kept, metadata)?;
+    nibbles::pack(&kept, matrix.cols / 2, values);
+    Ok(())
+}
+
+/// Appends rows `rows` of a matrix of 4-bit codes, the inverse of [`encode_nibbles`]; `values` and
+/// `metadata` are whole.
+///
+/// # Errors
+/// As [`decode`].
+pub fn decode_nibbles(
+    name: &str,
+    matrix: MatrixShape,
+    values: &[u8],
+    metadata: &[u8],
+    rows: Range<usize>,
+    out: &mut Vec<u8>,
+) -> Result<()> {
+    components(name, DType::U8, &[matrix.rows, matrix.cols])?;
+    check_rows(name, &rows, matrix.rows)?;
+    let (before, kept) = (out.len(), matrix.cols / 2);
+    let (value_stride, meta_stride) = (nibbles::stride(kept), matrix.cols.div_ceil(8));
+    check_length(name, ".values", values.len(), matrix.rows * value_stride)?;
+    check_length(name, ".metadata", metadata.len(), matrix.rows * meta_stride)?;
+    let mut codes = vec![0; matrix.cols];
+    for row in rows {
+        // Groups keep two codes, so a row of values has no unused nibble.
+        let values =
+            nibbles::unpack(name, &values[row * value_stride..][..value_stride], kept, row)?;
+        let metadata = &metadata[row * meta_stride..][..meta_stride];
+        if !(PackedRow { element_bytes: 1, values: &values, metadata }).expand(&mut codes) {
+            out.truncate(before);
+            return Err(illegal_nibble(name, matrix.cols / 4, row, metadata));
+        }
+        nibbles::pack(&codes, matrix.cols, out);
+    }
+    Ok(())
 }
 
 /// The stored bytes of one row.
@@ -189,6 +265,7 @@ impl PackedRow<'_> {
     /// Expands the row; false when a nibble is not legal.
     fn expand(&self, out: &mut [u8]) -> bool {
         match self.element_bytes {
+            1 => decode_row::<4, 2>(self.values, self.metadata, out, expand_bytes),
             2 => decode_row::<8, 4>(self.values, self.metadata, out, expand_halves),
             _ => decode_row::<16, 8>(self.values, self.metadata, out, expand_floats),
         }
@@ -210,12 +287,7 @@ fn decode_rows(
     let meta_stride = matrix.cols.div_ceil(8);
     check_length(name, ".values", values.len(), matrix.rows * value_stride)?;
     check_length(name, ".metadata", metadata.len(), matrix.rows * meta_stride)?;
-    if rows.start > rows.end || rows.end > matrix.rows {
-        return Err(FormatError::Encoding {
-            name: name.to_owned(),
-            what: format!("rows {rows:?} of {} asked for", matrix.rows),
-        });
-    }
+    check_rows(name, &rows, matrix.rows)?;
     for row in rows {
         let packed = PackedRow {
             element_bytes,
@@ -259,6 +331,14 @@ fn encode_row<const GROUP: usize, const KEPT: usize>(
         flaws |= nibble;
     }
     flaws & TOO_MANY == 0
+}
+
+/// Keeps two of four bytes.
+#[inline]
+fn group_of_bytes(group: [u8; 4]) -> ([u8; 2], u8) {
+    let flags = (0..4).fold(0, |flags, i| flags | usize::from(group[i] != 0) << i);
+    let nibble = NIBBLES[flags];
+    ([group[usize::from(nibble & 3)], group[usize::from(nibble >> 2 & 3)]], nibble)
 }
 
 /// Keeps two of four 16-bit lanes.
@@ -311,6 +391,13 @@ fn decode_row<const GROUP: usize, const KEPT: usize>(
     flaws == 0
 }
 
+/// Puts two bytes at their columns.
+#[inline]
+fn expand_bytes([first, second]: [u8; 2], nibble: u8) -> [u8; 4] {
+    (u32::from(first) << (8 * (nibble & 3)) | u32::from(second) << (8 * (nibble >> 2)))
+        .to_le_bytes()
+}
+
 /// Puts two 16-bit values at their columns.
 #[inline]
 fn expand_halves(kept: [u8; 4], nibble: u8) -> [u8; 8] {
@@ -325,16 +412,6 @@ fn expand_floats(kept: [u8; 8], nibble: u8) -> [u8; 16] {
     let kept = u128::from(u64::from_le_bytes(kept));
     let (first, second) = (kept & 0xFFFF_FFFF, kept >> 32);
     (first << (32 * (nibble & 3)) | second << (32 * (nibble >> 2))).to_le_bytes()
-}
-
-fn check_length(name: &str, what: &str, found: usize, expected: usize) -> Result<()> {
-    if found == expected {
-        return Ok(());
-    }
-    Err(FormatError::Encoding {
-        name: name.to_owned(),
-        what: format!("{what} has length {found}, expected {expected}"),
-    })
 }
 
 /// Finds the group that made [`encode_row`] fail.

@@ -55,9 +55,9 @@ pub(super) fn logical_tensors(path: &Path, header: &Header) -> Result<Vec<Locate
         let invalid =
             |what| FormatError::InvalidTensor { path: path.to_owned(), name: name.clone(), what };
         let Declaration { encoding, shape } = declaration;
-        if !matches!(encoding, Encoding::Sparse24 { .. }) {
+        if !encoding.is_packed() {
             return Err(invalid(format!(
-                "the encoding {encoding} cannot be declared in a safetensors file; expected sparse24"
+                "the encoding {encoding} cannot be declared in a safetensors file; expected sparse24, nm or bitmask"
             )));
         }
         for (part, component) in encoding.components(name, shape)?.iter().enumerate() {

@@ -56,7 +56,7 @@ fn fillers_follow_the_cutlass_table() {
         ("0001", 0xE),
     ];
     for (flags, nibble) in table {
-        for dtype in [DType::F16, DType::F32] {
+        for dtype in [DType::I8, DType::F16, DType::F32] {
             let dense: Vec<u8> = flags
                 .bytes()
                 .flat_map(|flag| {
@@ -119,12 +119,47 @@ fn shapes_that_do_not_fit_are_refused() {
     );
     assert_eq!(message(DType::F16, &[8]), "tensor `w`: 2:4 needs a matrix, found shape [8]");
     assert_eq!(
-        message(DType::I8, &[2, 8]),
-        "tensor `w`: 2:4 values of type I8; expected F32, F16 or BF16"
+        message(DType::I16, &[2, 8]),
+        "tensor `w`: 2:4 values of type I16; expected F32, F16, BF16, F8_E4M3, I8 or U8"
     );
     assert!(message(DType::F16, &[usize::MAX, 8]).ends_with("overflows"));
     let error = pack(DType::F16, SHAPE, &[0; 30]).unwrap_err();
     assert_eq!(error.to_string(), "tensor `w`: dense has length 30, expected 32");
+}
+
+#[test]
+fn nibbles_that_do_not_fit_are_refused_and_named() {
+    let matrix = MatrixShape { rows: 2, cols: 4 };
+    let (mut values, mut metadata) = (vec![1], vec![2]);
+    let encoded =
+        encode_nibbles("w", matrix, &[0x01, 0x20, 0x11, 0x01], &mut values, &mut metadata);
+    assert_eq!(
+        encoded.unwrap_err().to_string(),
+        "tensor `w`: row 1, columns 0 to 3: 3 values are not +0.0; 2:4 holds two"
+    );
+    assert_eq!((values, metadata), (vec![1], vec![2]));
+    let mut out = vec![3];
+    let error = decode_nibbles("w", matrix, &[0x21, 0x21], &[0xE4, 0xE0], 0..2, &mut out);
+    assert_eq!(
+        error.unwrap_err().to_string(),
+        "tensor `w.metadata`: row 1, columns 0 to 3: metadata nibble 0x0 is not legal; expected 0x4, 0x8, 0x9, 0xc, 0xd or 0xe"
+    );
+    assert_eq!(out, [3]);
+    let error = decode_nibbles("w", matrix, &[0x21], &[0xE4, 0xE4], 0..2, &mut out).unwrap_err();
+    assert_eq!(error.to_string(), "tensor `w`: .values has length 1, expected 2");
+}
+
+#[test]
+fn integers_are_packed_but_are_no_weights() {
+    let matrix = MatrixShape { rows: 1, cols: 4 };
+    let (values, metadata) = pack(DType::I8, matrix, &[0, 5, 0, 0xFB]).unwrap();
+    assert_eq!((values.as_slice(), metadata.as_slice()), (&[5, 0xFB][..], &[0xED][..]));
+    let out = &mut [0.0; 4];
+    let error = decode_f32("w", DType::I8, matrix, &values, &metadata, 0..1, out).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "tensor `w`: I8 values are not weights; expected F32, F16, BF16 or F8_E4M3"
+    );
 }
 
 #[test]
@@ -158,7 +193,7 @@ proptest! {
     ) {
         let rows = groups.len() / cols;
         let matrix = MatrixShape { rows, cols: 4 * cols };
-        for dtype in [DType::F16, DType::Bf16, DType::F32] {
+        for dtype in [DType::U8, DType::I8, DType::F8E4m3, DType::F16, DType::Bf16, DType::F32] {
             let dense: Vec<u8> = groups[..rows * cols]
                 .as_flattened()
                 .iter()
@@ -173,6 +208,9 @@ proptest! {
             let mut out = vec![];
             decode("w", dtype, matrix, &values, &metadata, 0..rows, &mut out).unwrap();
             prop_assert_eq!(&out, &dense);
+            if !dtype.is_float_weight() {
+                continue;
+            }
             let mut floats = vec![0.0; rows * 4 * cols];
             decode_f32("w", dtype, matrix, &values, &metadata, 0..rows, &mut floats).unwrap();
             let mut expected = floats.clone();
@@ -180,6 +218,27 @@ proptest! {
             let bits = |v: &[f32]| v.iter().map(|f| f.to_bits()).collect::<Vec<_>>();
             prop_assert_eq!(bits(&floats), bits(&expected));
         }
+    }
+
+    #[test]
+    fn nibbles_are_packed_as_bytes_are(
+        cols in 1..7usize,
+        groups in proptest::collection::vec(group(), 0..60),
+    ) {
+        let rows = groups.len() / cols;
+        let matrix = MatrixShape { rows, cols: 4 * cols };
+        let codes: Vec<u8> =
+            groups[..rows * cols].as_flattened().iter().map(|bits| (bits % 16) as u8).collect();
+        let pairs = |codes: &[u8]| codes.chunks(2).map(|c| c[0] | c[1] << 4).collect::<Vec<_>>();
+        let (values, metadata) = pack(DType::U8, matrix, &codes).unwrap();
+        let (mut packed, mut packed_metadata) = (vec![], vec![]);
+        let dense = pairs(&codes);
+        encode_nibbles("w", matrix, &dense, &mut packed, &mut packed_metadata).unwrap();
+        prop_assert_eq!(&packed, &pairs(&values));
+        prop_assert_eq!(&packed_metadata, &metadata);
+        let (some, mut out) = (rows / 3..rows, vec![]);
+        decode_nibbles("w", matrix, &packed, &metadata, some.clone(), &mut out).unwrap();
+        prop_assert_eq!(&out, &dense[some.start * 2 * cols..]);
     }
 
     #[test]
