@@ -1,7 +1,8 @@
 """Opens sparsepack's outputs with the readers they are for: safetensors and transformers.
 
 interop.py BINARY: converts the fixture model and tiny models, loads the results in stock
-transformers and compares values, logits, token ids and perplexity with what sparsepack says.
+transformers and compares values, logits, token ids and perplexity with what sparsepack says. Packed
+outputs are also decoded here, from docs/FORMATS.md alone.
 """
 
 import json
@@ -12,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -86,6 +88,62 @@ def fixture_model(work):
     check(generated.shape[1] > 1, f"generates: {tokenizer.decode(generated[0])!r}")
 
 
+def columns(mask, cols):
+    """The columns that each row of a mask marks, as a matrix of booleans."""
+    bits = mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1
+    return bits.reshape(mask.shape[0], -1)[:, :cols].bool()
+
+
+def decoded(stored, name, how):
+    """A packed tensor by the layouts of docs/FORMATS.md."""
+    values = stored[name + ".values"]
+    dense = torch.zeros(how["shape"], dtype=values.dtype)
+    rows, cols = how["shape"]
+    if how["encoding"] == "sparse24":
+        metadata = stored[name + ".metadata"]
+        nibbles = torch.stack([metadata & 15, metadata >> 4], -1).reshape(rows, -1)[:, : cols // 4]
+        at = torch.stack([nibbles & 3, nibbles >> 2], -1).long()
+        at += 4 * torch.arange(cols // 4).unsqueeze(-1)
+        return dense.scatter_(1, at.reshape(rows, -1), values)
+    marked = columns(stored[name + ".mask"], cols)
+    if how["encoding"] == "nm":
+        groups = marked.reshape(rows, -1, how["m"])
+        check_quietly((groups.sum(-1) == how["n"]).all(), f"{name} keeps n of m")
+        dense[marked] = values.flatten()
+        return dense
+    offsets = stored[name + ".offsets"].view(torch.int64).tolist()
+    counts = [int(marked[:row].sum()) for row in range(0, rows, 64)] + [int(marked.sum())]
+    check_quietly(offsets == counts, f"{name} has the offsets of its mask")
+    check_quietly(len(values) == how["kept"] and not values[counts[-1] :].any(), f"{name} is padded")
+    dense[marked] = values[: counts[-1]]
+    return dense
+
+
+def check_quietly(condition, what):
+    if not condition:
+        check(False, what)
+
+
+def packed_models(work):
+    """Every packed encoding, decoded here, gives the plain output."""
+    for sparsity in ("2:4", "4:8", "3:16", "50%", "70%"):
+        common = ["--prune", "magnitude", "--sparsity", sparsity]
+        name = sparsity.replace(":", "of").replace("%", "percent")
+        plain, packed = work / f"plain-{name}", work / f"packed-{name}"
+        sparsepack("convert", FIXTURES / "model", "-o", plain, *common)
+        sparsepack("convert", FIXTURES / "model", "-o", packed, "--format", "packed", *common)
+        with safe_open(packed / "model.safetensors", "pt") as file:
+            encodings = json.loads(file.metadata()["sparsepack.encodings"])
+        stored = load_file(packed / "model.safetensors")
+        expected = load_file(plain / "model.safetensors")
+        same = all(
+            torch.equal(decoded(stored, tensor, how).view(torch.int16), expected[tensor].view(torch.int16))
+            for tensor, how in encodings.items()
+        )
+        kinds = {how["encoding"] for how in encodings.values()}
+        check(same and len(encodings) == 28, f"{sparsity} as {kinds} decodes to the plain output")
+
+
 def gguf_models(work):
     """GGUF to a Hugging Face directory: transformers computes the recorded logits."""
     for name in ("llama-gqa", "qwen2"):
@@ -119,6 +177,7 @@ def main():
     with tempfile.TemporaryDirectory() as work:
         work = Path(work)
         fixture_model(work)
+        packed_models(work)
         gguf_models(work)
         real_model(work)
     print("all outputs load in their readers")

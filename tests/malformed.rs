@@ -286,6 +286,36 @@ fn value_too_large_for_the_output() {
 }
 
 #[test]
+fn value_too_large_for_eight_bits() {
+    let broken = Broken::tiny();
+    broken.poison(UP, 5, 465.0);
+    let args = ["--dtype", "f8_e4m3"];
+    broken.refuses(1, &args, &[UP, "value 4.65e2 at index 5 is too large for F8_E4M3"]);
+}
+
+#[test]
+fn eight_bit_weights_with_scales() {
+    let broken = Broken::tiny();
+    broken.edit_weights(|tensors| {
+        let tensor = tensors.iter_mut().find(|tensor| tensor.name == UP).unwrap();
+        tensor.dtype = DType::F8E4m3;
+        tensor.bytes.truncate(tensor.bytes.len() / 4);
+        let scales = UP.replace(".weight", ".weight_scale");
+        tensors.push(Tensor::f32(scales, &[1], &[0.5]));
+    });
+    let scales = "with the scales `model.layers.1.mlp.up_proj.weight_scale` (expected no scales)";
+    broken.refuses(1, &[], &[UP, "is F8_E4M3", scales]);
+}
+
+#[test]
+fn not_a_number_in_a_matrix_that_is_scanned() {
+    let broken = Broken::tiny();
+    broken.poison(UP, 40, f32::NAN);
+    let args = ["--format", "packed"];
+    broken.refuses(1, &args, &[UP, "non-finite value NaN at row 1, column 8"]);
+}
+
+#[test]
 fn group_that_does_not_fit_the_columns() {
     let broken = Broken::copy("tiny/mistral");
     let args = ["--prune", "magnitude", "--sparsity", "8:16"];

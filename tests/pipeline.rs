@@ -14,11 +14,14 @@ use sparsepack::{
     compress::{Method, Sparsity},
     model::ModelSource,
     pipeline::{
-        ConversionPlan, MANIFEST, Manifest, NoProgress, RunOptions, VerifyOptions, convert, verify,
+        ConversionPlan, MANIFEST, Manifest, NoProgress, RunOptions, VerifyOptions, convert, unpack,
+        verify,
     },
-    recipe::{CalibrationRecipe, OutputFormat, OutputRecipe, PruneRecipe, Recipe, Sequential},
+    recipe::{
+        CalibrationRecipe, OutputFormat, OutputRecipe, PruneRecipe, Recipe, Sequential, WeightDType,
+    },
 };
-use sparsepack_formats::Encoding;
+use sparsepack_formats::{DType, Encoding};
 
 use crate::harness::{
     Command, Dir, Tensor, assert_same_files, convert as convert_command, copy_dir, fixture, noise,
@@ -96,8 +99,7 @@ fn check_against_plan(out: &Path, plan: &ConversionPlan, what: &str) {
         assert_eq!(zeros, planned, "{what}");
     }
     let pruned: usize = plan.blocks.iter().map(|block| block.layers.len()).sum();
-    let packed =
-        reader.tensors().iter().filter(|info| matches!(info.encoding, Encoding::Sparse24 { .. }));
+    let packed = reader.tensors().iter().filter(|info| info.encoding.is_packed());
     if plan.format == OutputFormat::Packed {
         assert_eq!(packed.count(), pruned, "{what}");
     }
@@ -107,10 +109,13 @@ fn every_method_and_format(name: &str) {
     let dir = Dir::new();
     let model = fixture(name);
     for method in [Method::Magnitude, Method::Wanda, Method::SparseGpt] {
-        for (format, sparsity) in
-            [(OutputFormat::Safetensors, "50%"), (OutputFormat::Packed, "2:4")]
-        {
-            let what = format!("{name} {} {sparsity}", method.name());
+        for (format, sparsity) in [
+            (OutputFormat::Safetensors, "50%"),
+            (OutputFormat::Packed, "2:4"),
+            (OutputFormat::Packed, "4:8"),
+            (OutputFormat::Packed, "50%"),
+        ] {
+            let what = format!("{name} {} {sparsity} {format:?}", method.name());
             let out = dir.join(&what.replace(['/', ':', '%'], "-"));
             let sequential = if sparsity == "50%" { Sequential::Block } else { Sequential::True };
             let recipe =
@@ -120,7 +125,7 @@ fn every_method_and_format(name: &str) {
             assert_eq!(report.findings, [], "{what}");
             check_against_plan(&out, &plan, &what);
             ModelSource::open(&out).unwrap();
-            if method == Method::SparseGpt {
+            if method == Method::SparseGpt && sparsity != "4:8" {
                 let again = dir.join("again");
                 run(&model, &recipe, &again);
                 assert_same_files(&out, &again);
@@ -281,6 +286,163 @@ fn the_configuration_keeps_every_key() {
         }
         assert!(!after.contains_key("quantization_config"), "{name}");
         assert_eq!(after["sparsepack"]["method"], "magnitude", "{name}");
+    }
+}
+
+/// The encoding of the linears, all alike.
+fn encoding_of_linears(dir: &Path) -> Encoding {
+    let source = ModelSource::open(dir).unwrap();
+    let linears = source.tensors().iter().filter(|tensor| tensor.name.ends_with("_proj.weight"));
+    let mut encodings: Vec<Encoding> = linears.map(|tensor| tensor.encoding).collect();
+    // Room for values differs from shape to shape.
+    for encoding in &mut encodings {
+        if let Encoding::Bitmask { kept, .. } = encoding {
+            *kept = 0;
+        }
+    }
+    encodings.dedup();
+    assert_eq!(encodings.len(), 1, "{encodings:?}");
+    encodings[0]
+}
+
+const DTYPE: DType = DType::F32;
+
+/// Patterns, and what a packed output of f32 weights holds them in.
+const PACKED: [(&str, Encoding); 6] = [
+    ("2:4", Encoding::Sparse24 { dtype: DTYPE }),
+    ("4:8", Encoding::Nm { n: 4, m: 8, dtype: DTYPE }),
+    ("1:4", Encoding::Nm { n: 1, m: 4, dtype: DTYPE }),
+    ("8:16", Encoding::Nm { n: 8, m: 16, dtype: DTYPE }),
+    ("15:16", Encoding::Nm { n: 15, m: 16, dtype: DTYPE }),
+    ("70%", Encoding::Bitmask { dtype: DTYPE, kept: 0 }),
+];
+
+#[test]
+fn packed_and_plain_outputs_hold_the_same_bits() {
+    let dir = Dir::new();
+    for (sparsity, encoding) in PACKED {
+        let [plain, packed] =
+            [OutputFormat::Safetensors, OutputFormat::Packed].map(|format| {
+                let out = dir.join(&format!("{}-{format:?}", sparsity.replace([':', '%'], "-")));
+                run(&fixture("tiny/llama-gqa"), &recipe(Method::SparseGpt, sparsity, format), &out);
+                out
+            });
+        assert_eq!(encoding_of_linears(&packed), encoding, "{sparsity}");
+        let report = verify(&packed, Some(&plain), &VerifyOptions::default()).unwrap();
+        assert_eq!(report.findings, [], "{sparsity}");
+        let unpacked = dir.join("unpacked");
+        unpack(&packed, &unpacked).unwrap();
+        assert!(by_name(&plain) == by_name(&unpacked), "{sparsity}");
+        fs::remove_dir_all(unpacked).unwrap();
+    }
+}
+
+fn repack() -> Recipe {
+    Recipe {
+        output: OutputRecipe { format: Some(OutputFormat::Packed), dtype: None },
+        ..Recipe::default()
+    }
+}
+
+#[test]
+fn a_pruned_checkpoint_is_packed_as_it_is() {
+    let dir = Dir::new();
+    for (sparsity, encoding) in PACKED {
+        let name = |kind: &str| dir.join(&format!("{}-{kind}", sparsity.replace([':', '%'], "-")));
+        let (plain, packed, again) = (name("plain"), name("packed"), name("again"));
+        let pruning = recipe(Method::SparseGpt, sparsity, OutputFormat::Safetensors);
+        run(&fixture("tiny/llama-gqa"), &pruning, &plain);
+        let plan = run(&plain, &repack(), &packed);
+        assert_eq!(plan.scan.unwrap().tensors, 2 * 7 + 2, "{sparsity}");
+        assert_eq!(encoding_of_linears(&packed), encoding, "{sparsity}");
+        let report = verify(&packed, Some(&plain), &VerifyOptions::default()).unwrap();
+        assert_eq!((report.findings, report.compared), (vec![], report.tensors), "{sparsity}");
+        // A packed source packs to the same bytes.
+        run(&packed, &repack(), &again);
+        let weights = |dir: &Path| fs::read(dir.join("model.safetensors")).unwrap();
+        assert!(weights(&packed) == weights(&again), "{sparsity}");
+        assert_eq!(json(&packed.join("config.json"))["sparsepack"]["format"], "packed");
+    }
+}
+
+#[test]
+fn each_matrix_is_packed_as_suits_it() {
+    let dir = Dir::new();
+    let (model, out) = (dir.join("model"), dir.join("out"));
+    copy_dir(&fixture("tiny/llama-gqa"), &model);
+    let mut tensors = read_tensors(&model);
+    let mut keep = |name: &str, kept: &dyn Fn(usize) -> bool| {
+        let tensor = tensors.iter_mut().find(|tensor| tensor.name == name).unwrap();
+        let elements = tensor.bytes.chunks_exact_mut(4).enumerate();
+        elements.filter(|(index, _)| !kept(*index)).for_each(|(_, element)| element.fill(0));
+    };
+    keep("model.layers.0.self_attn.q_proj.weight", &|index| index % 4 < 2);
+    keep("model.layers.0.self_attn.k_proj.weight", &|index| index % 8 < 3);
+    keep("model.layers.0.self_attn.v_proj.weight", &|index| index < 300);
+    keep("model.layers.0.self_attn.o_proj.weight", &|_| false);
+    keep("model.embed_tokens.weight", &|index| index % 2 == 0);
+    write_tensors(&model, &tensors);
+    run(&model, &repack(), &out);
+    let reader = sparsepack_formats::open(&out).unwrap();
+    let dense = Encoding::Dense { dtype: DTYPE };
+    for (name, encoding) in [
+        ("model.layers.0.self_attn.q_proj.weight", Encoding::Sparse24 { dtype: DTYPE }),
+        ("model.layers.0.self_attn.k_proj.weight", Encoding::Nm { n: 3, m: 8, dtype: DTYPE }),
+        ("model.layers.0.self_attn.v_proj.weight", Encoding::Bitmask { dtype: DTYPE, kept: 300 }),
+        ("model.layers.0.self_attn.o_proj.weight", Encoding::Bitmask { dtype: DTYPE, kept: 0 }),
+        ("model.embed_tokens.weight", Encoding::Sparse24 { dtype: DTYPE }),
+        ("model.layers.0.mlp.up_proj.weight", dense),
+        ("model.layers.0.input_layernorm.weight", dense),
+    ] {
+        assert_eq!(reader.tensors().get(name).unwrap().encoding, encoding, "{name}");
+    }
+    assert_eq!(verify(&out, Some(&model), &VerifyOptions::default()).unwrap().findings, []);
+}
+
+#[test]
+fn layers_that_are_packed_and_left_alone_stay_packed() {
+    let dir = Dir::new();
+    let (first, second) = (dir.join("first"), dir.join("second"));
+    let pruning = |sparsity, blocks: &str| {
+        with(recipe(Method::Magnitude, sparsity, OutputFormat::Packed), |prune| {
+            prune.blocks = Some(blocks.parse().unwrap());
+        })
+    };
+    run(&fixture("tiny/llama-gqa"), &pruning("60%", "0..1"), &first);
+    let plan = run(&first, &pruning("4:8", "1..2"), &second);
+    assert_eq!(plan.scan, None);
+    let encoding = |dir: &Path, name: &str| {
+        sparsepack_formats::open(dir).unwrap().tensors().get(name).unwrap().encoding
+    };
+    assert_eq!(encoding(&first, UP), encoding(&second, UP));
+    let other = UP.replace("layers.0", "layers.1");
+    assert_eq!(encoding(&second, &other), Encoding::Nm { n: 4, m: 8, dtype: DTYPE });
+}
+
+#[test]
+fn eight_bit_floats_are_for_the_linears() {
+    let dir = Dir::new();
+    let model = fixture("tiny/llama-mha-tied");
+    for sparsity in ["2:4", "3:8", "50%"] {
+        let [plain, packed] =
+            [OutputFormat::Safetensors, OutputFormat::Packed].map(|format| {
+                let out = dir.join(&format!("{}-{format:?}", sparsity.replace([':', '%'], "-")));
+                let mut recipe = recipe(Method::SparseGpt, sparsity, format);
+                recipe.output.dtype = Some(WeightDType::F8E4m3);
+                run(&model, &recipe, &out);
+                out
+            });
+        let dtype = |name: &str| {
+            let reader = sparsepack_formats::open(&plain).unwrap();
+            reader.tensors().get(name).unwrap().encoding.value_dtype()
+        };
+        assert_eq!(dtype(UP), DType::F8E4m3);
+        assert_eq!(dtype("model.embed_tokens.weight"), DType::Bf16);
+        assert_eq!(dtype("model.norm.weight"), DType::Bf16);
+        assert_eq!(json(&plain.join("config.json"))["torch_dtype"], "bfloat16");
+        assert!(encoding_of_linears(&packed).is_packed());
+        let report = verify(&packed, Some(&plain), &VerifyOptions::default()).unwrap();
+        assert_eq!(report.findings, [], "{sparsity}");
     }
 }
 

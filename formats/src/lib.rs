@@ -23,7 +23,7 @@ pub mod safetensors;
 
 pub use digest::{Digest, HashingWriter};
 pub use dtype::{DType, GgmlType};
-pub use encoding::{Component, Encoder, Encoding};
+pub use encoding::{Component, Encoder, Encoding, Survey};
 pub use error::{FormatError, Result};
 pub use file::OutputFile;
 pub use reader::{CheckpointReader, MappedFile, ModelMetadata, open};

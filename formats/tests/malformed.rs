@@ -322,6 +322,82 @@ fn components_of_packed_tensors_are_checked() {
     assert_eq!(read(&dir, &packed(&[values, metadata], "{}")).unwrap().tensors().len(), 2);
 }
 
+#[test]
+fn components_of_nm_and_bitmask_tensors_are_checked() {
+    type Stored<'a> = (&'a str, &'a str, &'a [usize], usize);
+    const NM: &str = r#"{"w":{"encoding":"nm","n":1,"m":4,"dtype":"F8_E4M3","shape":[2,12]}}"#;
+    const BITMASK: &str = r#"{"w":{"encoding":"bitmask","dtype":"F16","kept":3,"shape":[2,12]}}"#;
+    let nm: [Stored; 2] = [("w.values", "F8_E4M3", &[2, 3], 6), ("w.mask", "U8", &[2, 2], 4)];
+    let bitmask: [Stored; 3] = [
+        ("w.offsets", "U64", &[2], 16),
+        ("w.values", "F16", &[3], 6),
+        ("w.mask", "U8", &[2, 2], 4),
+    ];
+    let dir = tempfile::tempdir().unwrap();
+    let reader = read(&dir, &packed(&nm, NM)).unwrap();
+    assert_eq!(
+        reader.read_f32("w").unwrap_err().to_string(),
+        "tensor `w.mask`: row 0, columns 0 to 3: the mask keeps 0, expected 1"
+    );
+    drop(reader);
+    // Nothing is kept: the room for values is all padding.
+    let mut good = packed(&bitmask, BITMASK);
+    assert_eq!(read(&dir, &good).unwrap().read_f32("w").unwrap(), [0.0; 24]);
+    *good.last_mut().unwrap() = 1;
+    let reader = read(&dir, &good).unwrap();
+    assert_eq!(
+        reader.read_f32("w").unwrap_err().to_string(),
+        "tensor `w.offsets`: rows 0 to 1: bitmask count not matching values (the mask keeps 1, the offsets are 0 and 0 of 3)"
+    );
+    drop(reader);
+
+    refused!(
+        packed(&bitmask[..2], BITMASK),
+        InvalidTensor,
+        "m.safetensors: tensor `w`: its component `w.mask` is missing"
+    );
+    refused!(
+        packed(&[bitmask[0], ("w.values", "F16", &[4], 8), bitmask[2]], BITMASK),
+        InvalidTensor,
+        "m.safetensors: tensor `w`: its component `w.values` is F16 [4]; expected F16 [3]"
+    );
+    refused!(
+        packed(&[("w.offsets", "U64", &[3], 24), bitmask[1], bitmask[2]], BITMASK),
+        InvalidTensor,
+        "m.safetensors: tensor `w`: its component `w.offsets` is U64 [3]; expected U64 [2]"
+    );
+    refused!(
+        packed(&[nm[0], ("w.mask", "I8", &[2, 2], 4)], NM),
+        InvalidTensor,
+        "m.safetensors: tensor `w`: its component `w.mask` is I8 [2, 2]; expected U8 [2, 2]"
+    );
+    for (change, message) in [
+        ((r#""m":4"#, r#""m":5"#), "1:5 needs a multiple of 5 columns, found 12"),
+        ((r#""m":4"#, r#""m":24"#), "the pattern is 1:24; expected 1 <= n < m <= 16"),
+        ((r#""n":1"#, r#""n":2"#), "the encoding nm does not hold 2:4; expected sparse24"),
+        ((r#""n":1"#, r#""n":0"#), "the pattern is 0:4; expected 1 <= n < m <= 16"),
+        (("F8_E4M3", "BOOL"), "1:4 values of type BOOL; expected F32, F16, BF16, F8_E4M3, I8 or U8"),
+    ] {
+        refused!(
+            packed(&nm, &NM.replace(change.0, change.1)),
+            Encoding,
+            format!("tensor `w`: {message}")
+        );
+    }
+    refused!(
+        packed(&bitmask, &BITMASK.replace(r#""kept":3"#, r#""kept":25"#)),
+        Encoding,
+        "tensor `w`: 25 kept values of 24 elements"
+    );
+    for broken in [
+        BITMASK.replace(r#""kept":3"#, r#""kept":-1"#),
+        BITMASK.replace(r#""kept":3,"#, ""),
+        NM.replace(r#""n":1"#, r#""n":256"#),
+    ] {
+        assert!(matches!(refusal(&packed(&nm, &broken)).0, FormatError::InvalidHeader { .. }));
+    }
+}
+
 /// A directory of two shards with `a` in the first and `b` in the second.
 fn sharded() -> TempDir {
     let dir = tempfile::tempdir().unwrap();
@@ -410,15 +486,22 @@ fn directories_say_what_is_missing() {
     refused("(a directory without config.json)");
 }
 
-/// A small file with a packed and a dense tensor.
+/// A small file with a tensor of each packed encoding and a dense one.
 fn sample() -> Vec<u8> {
     packed(
         &[
+            ("b.offsets", "U64", &[2], 16),
             ("w.values", "BF16", &[1, 4], 8),
             ("v", "F16", &[2, 1], 4),
             ("w.metadata", "U8", &[1, 1], 1),
+            ("b.values", "F8_E4M3", &[2], 2),
+            ("b.mask", "U8", &[2, 1], 2),
+            ("n.values", "U8", &[1, 2], 2),
+            ("n.mask", "U8", &[1, 1], 1),
         ],
-        r#"{"w":{"encoding":"sparse24","dtype":"BF16","shape":[1,8]}}"#,
+        r#"{"w":{"encoding":"sparse24","dtype":"BF16","shape":[1,8]},
+            "b":{"encoding":"bitmask","dtype":"F8_E4M3","kept":2,"shape":[2,5]},
+            "n":{"encoding":"nm","n":1,"m":3,"dtype":"U8","shape":[1,6]}}"#,
     )
 }
 

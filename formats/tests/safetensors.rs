@@ -324,12 +324,22 @@ fn layouts() -> impl Strategy<Value = ShardLayout> {
         proptest::sample::select(DType::ALL.to_vec()).prop_map(|dtype| Encoding::Dense { dtype }),
         proptest::sample::select(vec![DType::F16, DType::Bf16, DType::F32])
             .prop_map(|dtype| Encoding::Sparse24 { dtype }),
+        (1..8u8).prop_map(|n| Encoding::Nm { n, m: 8, dtype: DType::F8E4m3 }),
+        (0..9u64).prop_map(|kept| Encoding::Bitmask { dtype: DType::F16, kept }),
     ];
     let tensor =
         (encoding, proptest::collection::vec(0..5usize, 0..4)).prop_map(|(e, mut shape)| {
-            if matches!(e, Encoding::Sparse24 { .. }) {
+            if e.is_packed() {
                 shape.resize(2, 3);
-                shape[1] *= 4;
+            }
+            match e {
+                Encoding::Sparse24 { .. } => shape[1] *= 4,
+                Encoding::Nm { m, .. } => shape[1] *= usize::from(m),
+                Encoding::Bitmask { dtype, kept } => {
+                    let kept = kept.min((shape[0] * shape[1]) as u64);
+                    return (Encoding::Bitmask { dtype, kept }, shape);
+                }
+                _ => {}
             }
             (e, shape)
         });

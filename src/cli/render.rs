@@ -232,6 +232,7 @@ pub(super) fn plan(
         )?,
         None => writeln!(text, "  prune           nothing")?,
     }
+    packed_line(&mut text, plan)?;
     let calibration = &plan.recipe.calibration;
     if let Some(file) = &calibration.file {
         let order = match calibration.seed {
@@ -272,6 +273,27 @@ pub(super) fn plan(
     Ok(())
 }
 
+/// Which encodings a packed output has, and what was read to choose them.
+fn packed_line(text: &mut impl Write, plan: &ConversionPlan) -> io::Result<()> {
+    let mut counts = std::collections::BTreeMap::<String, usize>::new();
+    for output in plan.outputs.iter().filter(|output| output.encoding.is_packed()) {
+        *counts.entry(output.encoding.to_string()).or_default() += 1;
+    }
+    if !counts.is_empty() {
+        let counts: Vec<String> =
+            counts.iter().map(|(encoding, count)| format!("{count} x {encoding}")).collect();
+        writeln!(text, "  packed          {}", counts.join(", "))?;
+    }
+    if let Some(scan) = plan.scan {
+        let (tensors, read) = (scan.tensors, bytes(scan.bytes));
+        writeln!(
+            text,
+            "  scanned         {tensors} matrices of the source ({read}) for zeros, to choose encodings"
+        )?;
+    }
+    Ok(())
+}
+
 /// What a checkpoint holds.
 pub(super) fn inspect(path: &Path, summary: &Summary) -> Result<(), CliError> {
     let mut text = io::stdout().lock();
@@ -297,18 +319,24 @@ pub(super) fn inspect(path: &Path, summary: &Summary) -> Result<(), CliError> {
         write!(text, ", linears {:.2}% zero", 100.0 * sparsity)?;
     }
     writeln!(text)?;
-    let width = summary.tensors.iter().map(|tensor| tensor.name.len()).max().unwrap_or(0);
+    let names = summary.tensors.iter().map(|tensor| tensor.name.len());
+    let encodings = summary.tensors.iter().map(|tensor| tensor.encoding.to_string().len());
+    let widths = [names.max().unwrap_or(0), encodings.max().unwrap_or(0)];
     for tensor in &summary.tensors {
-        inspect_tensor(&mut text, tensor, width)?;
+        inspect_tensor(&mut text, tensor, widths)?;
     }
     Ok(())
 }
 
-fn inspect_tensor(text: &mut impl Write, tensor: &TensorSummary, width: usize) -> io::Result<()> {
+fn inspect_tensor(
+    text: &mut impl Write,
+    tensor: &TensorSummary,
+    [name_width, encoding_width]: [usize; 2],
+) -> io::Result<()> {
     let shape = tensor.shape.iter().map(usize::to_string).collect::<Vec<_>>().join(" x ");
     write!(
         text,
-        "{:<width$}  {:<9} {:>14} {:>10}",
+        "{:<name_width$}  {:<encoding_width$} {:>14} {:>10}",
         tensor.name,
         tensor.encoding.to_string(),
         shape,

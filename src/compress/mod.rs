@@ -161,6 +161,24 @@ impl Method {
         }
     }
 
+    /// Weights that the method sets to zero in a `rows × cols` layer, exactly: what
+    /// [`LayerReport::zeroed`] will say.
+    pub fn zeros(
+        self,
+        sparsity: Sparsity,
+        rows: usize,
+        cols: usize,
+        options: SolverOptions,
+    ) -> usize {
+        match self {
+            Self::Magnitude => sparsity.zeros_of(rows * cols),
+            Self::Wanda => sparsity.zeros_of(cols) * rows,
+            Self::SparseGpt => column_blocks(cols, options.column_block, sparsity)
+                .map(|block| sparsity.zeros_of(rows * block.len()))
+                .sum(),
+        }
+    }
+
     /// The name used on the command line.
     pub fn name(self) -> &'static str {
         match self {

@@ -24,7 +24,8 @@
 use std::{ops::Range, time::Instant};
 
 use super::{
-    Layer, LayerReport, LayerSolver, SolveError, SolveTimes, Solved, SolverOptions, Sparsity,
+    Layer, LayerReport, LayerSolver, Method, SolveError, SolveTimes, Solved, SolverOptions,
+    Sparsity,
 };
 use crate::{
     backend::{Backend, BackendError, SweepRule},
@@ -85,17 +86,11 @@ impl<B: Backend> LayerSolver<B> for SparseGpt {
                 let start = Instant::now();
                 b.zero_columns(&mut layer.weight, &dead)?;
                 let blocks = column_blocks(cols, self.options.column_block, layer.sparsity);
-                let mut zeroed = 0;
-                sweep_layer(
-                    b,
-                    &mut layer.weight,
-                    &u,
-                    blocks.map(|block| {
-                        let (rule, zeros) = block_rule(layer.sparsity, rows, block.len());
-                        zeroed += zeros;
-                        (block, rule)
-                    }),
-                )?;
+                let ruled = blocks.map(|block| {
+                    let rule = block_rule(layer.sparsity, rows, block.len());
+                    (block, rule)
+                });
+                sweep_layer(b, &mut layer.weight, &u, ruled)?;
                 times.sweep_secs += start.elapsed().as_secs_f64();
 
                 let start = Instant::now();
@@ -107,7 +102,8 @@ impl<B: Backend> LayerSolver<B> for SparseGpt {
                     report: LayerReport {
                         layer: layer.name,
                         weights: (rows * cols) as u64,
-                        zeroed: zeroed as u64,
+                        zeroed: Method::SparseGpt.zeros(layer.sparsity, rows, cols, self.options)
+                            as u64,
                         relative_error: Some(if all > 0.0 { lost / all } else { 0.0 }),
                         damp: Some(damp),
                         dead_features: dead.len(),
@@ -184,12 +180,11 @@ pub fn column_blocks(
     (0..cols).step_by(width.max(1)).map(move |start| start..(start + width).min(cols))
 }
 
-/// The rule for a block of `rows × width` weights and how many of them it zeroes.
-fn block_rule(sparsity: Sparsity, rows: usize, width: usize) -> (SweepRule, usize) {
-    let zeros = sparsity.zeros_of(rows * width);
+/// The rule for a block of `rows × width` weights.
+fn block_rule(sparsity: Sparsity, rows: usize, width: usize) -> SweepRule {
     match sparsity {
-        Sparsity::Unstructured(_) => (SweepRule::Lowest { zeros }, zeros),
-        Sparsity::NofM { n, m } => (SweepRule::Group { zeros: m - n, m }, zeros),
+        Sparsity::Unstructured(_) => SweepRule::Lowest { zeros: sparsity.zeros_of(rows * width) },
+        Sparsity::NofM { n, m } => SweepRule::Group { zeros: m - n, m },
     }
 }
 

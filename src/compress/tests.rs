@@ -141,6 +141,8 @@ proptest! {
             }
             let zeros = case.zeros_in(&weight, 0..case.rows, &(0..case.cols));
             prop_assert_eq!(report.zeroed, zeros as u64, "{:?} {}", method, text);
+            let planned = method.zeros(sparsity, case.rows, case.cols, case.options);
+            prop_assert_eq!(planned, zeros, "{:?} {}", method, text);
         }
     }
 

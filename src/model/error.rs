@@ -100,7 +100,7 @@ pub enum ModelError {
     },
     /// A weight is not stored in a type that decodes to floats.
     #[error(
-        "{path}: tensor `{tensor}` is stored as {found} (expected F32, F16, BF16, or an encoding of them)"
+        "{path}: tensor `{tensor}` is stored as {found} (expected F32, F16, BF16, F8_E4M3, or an encoding of them)"
     )]
     NotFloat {
         /// The checkpoint.
@@ -109,6 +109,16 @@ pub enum ModelError {
         tensor: String,
         /// How it is stored.
         found: String,
+    },
+    /// An 8-bit weight whose values mean something only together with scales, which are not read.
+    #[error("{path}: tensor `{tensor}` is F8_E4M3 with the scales `{scales}` (expected no scales)")]
+    Scaled {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The weight.
+        tensor: String,
+        /// Its scales.
+        scales: String,
     },
     /// A GGUF file has a tensor that its architecture's table does not know, so the forward pass
     /// would ignore it.

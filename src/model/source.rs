@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use sparsepack_formats::encoding::MatrixShape;
-use sparsepack_formats::{CheckpointReader, Encoding, ModelMetadata, TensorInfo};
+use sparsepack_formats::{CheckpointReader, DType, Encoding, ModelMetadata, TensorInfo};
 
 use super::arch::{Architecture, LinearSpec, NormSpec, Positions, TableSpec, in_block};
 use super::config::ModelConfig;
@@ -16,6 +16,9 @@ use super::roles::{CapturePoint, Role};
 /// Buffers that older checkpoints carry and no model reads.
 const LEGACY_BUFFERS: [&str; 3] =
     [".rotary_emb.inv_freq", ".self_attn.bias", ".self_attn.masked_bias"];
+
+/// Where 8-bit checkpoints keep the scales of a module's weight.
+const F8_SCALES: [&str; 3] = [".weight_scale", ".weight_scale_inv", ".scale_weight"];
 
 /// Factors of the rotary frequencies in a GGUF file.
 const GGUF_ROPE_FACTORS: &str = "rope_freqs.weight";
@@ -463,9 +466,26 @@ impl Listing<'_> {
                 found: info.encoding.to_string(),
             });
         }
+        self.check_no_scales(module, &stored_name, info)?;
         self.used.insert(stored_name);
         self.tensors.push(model_tensor(format!("{module}{suffix}"), info, kind, permuted_heads));
         Ok(())
+    }
+
+    /// Refuses an 8-bit weight that has scales beside it.
+    fn check_no_scales(&self, module: &str, tensor: &str, info: &TensorInfo) -> Result<()> {
+        if info.encoding.value_dtype() != DType::F8E4m3 {
+            return Ok(());
+        }
+        let mut names = F8_SCALES.iter().map(|suffix| format!("{module}{suffix}"));
+        match names.find(|name| self.reader.tensors().get(name).is_some()) {
+            None => Ok(()),
+            Some(scales) => Err(ModelError::Scaled {
+                path: self.reader.path().to_owned(),
+                tensor: tensor.to_owned(),
+                scales,
+            }),
+        }
     }
 
     /// Whatever else the file holds.

@@ -25,7 +25,8 @@ const FIXED_BYTES: u64 = 128 << 20;
 pub struct MemoryBudget {
     /// Activations of the whole calibration set: residual stream and the widest kept input.
     pub hidden_bytes: u64,
-    /// Weights of one block, stored and laid out.
+    /// Weights of one block, stored and laid out; none where blocks are only copied, which takes a
+    /// few rows at a time.
     pub block_bytes: u64,
     /// The largest Hessian with its f64 factorisation.
     pub statistics_bytes: u64,
@@ -52,8 +53,9 @@ impl MemoryBudget {
         let hidden_bytes = if calibrated { tokens * (hidden + widest) * 4 } else { 0 };
 
         let block_weights = block_weights(source.arch(), config);
+        let loaded = blocks.iter().any(|block| !block.layers.is_empty());
         // Decoded weights, the layout for products, and one layer's copy for its error.
-        let block_bytes = block_weights * 4 * 5 / 2;
+        let block_bytes = if loaded { block_weights * 4 * 5 / 2 } else { 0 };
 
         let features = CapturePoint::ALL
             .into_iter()

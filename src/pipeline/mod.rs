@@ -4,6 +4,7 @@
 
 mod budget;
 mod copy;
+mod encodings;
 mod error;
 mod journal;
 mod loader;
@@ -20,6 +21,7 @@ mod verify;
 use std::path::Path;
 
 pub use budget::MemoryBudget;
+pub use encodings::Scan;
 pub use error::{PipelineError, Result};
 pub use loader::{LoadedBlock, load_norm};
 pub use manifest::{MANIFEST, Manifest, TensorRecord, Totals};

@@ -205,11 +205,7 @@ fn output_config(
     plan: &ConversionPlan,
     manifest: &Manifest,
 ) -> Result<serde_json::Value> {
-    let dtype = plan
-        .outputs
-        .iter()
-        .find(|output| output.linear.is_some())
-        .map_or(DType::Bf16, |output| output.encoding.value_dtype());
+    let dtype = computing_dtype(plan);
     let mut config = match source.reader().metadata() {
         ModelMetadata::HuggingFace { config, .. } => config.clone(),
         _ => source.config().to_hf_json(source.arch(), dtype)?,
@@ -224,6 +220,11 @@ fn output_config(
             if object.contains_key(key) {
                 object.insert(key.to_owned(), name.into());
             }
+        }
+        let earlier = object.get_mut("sparsepack").and_then(|value| value.as_object_mut());
+        if let Some(record) = earlier {
+            // Left by the run that pruned the source, where this one prunes nothing.
+            record.insert("format".to_owned(), serde_json::json!(manifest.format));
         }
         if let Some(prune) = &plan.recipe.prune {
             let totals = &manifest.totals;
@@ -241,6 +242,17 @@ fn output_config(
         }
     }
     Ok(config)
+}
+
+/// The type that loaders shall compute in: the linears', or where those are 8-bit floats, which only
+/// store, that of the tensors beside them.
+fn computing_dtype(plan: &ConversionPlan) -> DType {
+    let linears = plan.outputs.iter().filter(|output| output.linear.is_some());
+    linears
+        .chain(&plan.outputs)
+        .map(|output| output.encoding.value_dtype())
+        .find(|dtype| dtype.is_float_weight() && *dtype != DType::F8E4m3)
+        .unwrap_or(DType::Bf16)
 }
 
 fn tensor_records(plan: &ConversionPlan, outcome: &Outcome) -> Result<Vec<TensorRecord>> {

@@ -1,21 +1,21 @@
 //! The plan: every output byte range, every layer's target and the peak memory, from headers and
-//! recipe alone. No tensor data is read.
+//! recipe alone. No tensor data is read, but for a packed output with nothing to prune: then the
+//! source's matrices are scanned for the zeros they have.
 
 use std::collections::BTreeMap;
 
 use serde::Serialize;
-use sparsepack_formats::{
-    DType, Encoding, FormatError, ModelMetadata, ShardLayout, encoding::MatrixShape,
-};
+use sparsepack_formats::{Encoding, FormatError, ShardLayout, encoding::MatrixShape};
 
 use super::{
     budget::MemoryBudget,
+    encodings::{Encodings, Scan},
     error::{PipelineError, Result},
 };
 use crate::{
     calibration::StatKind,
     compress::{Method, SolveError, SolverOptions, Sparsity},
-    model::{CapturePoint, ModelSource, ModelTensor, Role, TensorKind},
+    model::{CapturePoint, ModelSource, Role, TensorKind},
     recipe::{
         BlockRange, OutputFormat, PruneRecipe, Recipe, RecipeError, Rule, Selector, Sequential,
     },
@@ -119,6 +119,9 @@ pub struct ConversionPlan {
     pub tables: Vec<TablePlan>,
     /// Tensors in output order.
     pub outputs: Vec<OutputTensor>,
+    /// What was read of the source to choose encodings; absent where the recipe decides them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scan: Option<Scan>,
     /// Memory at the peak, by purpose.
     pub budget: MemoryBudget,
     /// Bytes of tensor data that will be written.
@@ -138,7 +141,8 @@ impl ConversionPlan {
     ///
     /// # Errors
     /// A selector that matches nothing, a pattern that does not fit a layer, a format that cannot
-    /// hold the result, options that contradict each other.
+    /// hold the result, options that contradict each other; a source that is scanned and cannot be
+    /// read.
     pub fn new(source: &ModelSource, recipe: &Recipe) -> Result<Self> {
         let config = source.config();
         let (blocks, tables) = plan_layers(source, recipe)?;
@@ -146,21 +150,17 @@ impl ConversionPlan {
         check_calibration(recipe, needs, config.max_position_embeddings)?;
 
         let format = recipe.output.format.unwrap_or(OutputFormat::Safetensors);
-        let outputs = plan_outputs(source, recipe, format, &blocks, &tables)?;
-        if format == OutputFormat::Packed
-            && !outputs.iter().any(|output| matches!(output.encoding, Encoding::Sparse24 { .. }))
-        {
-            return Err(PipelineError::Unsupported {
-                format: "packed",
-                why: "no layer becomes 2:4 sparse, and only 2:4 layers are packed; prune to 2:4 \
-                      or write --format safetensors"
-                    .to_owned(),
-            });
-        }
+        let prune = recipe.prune.as_ref();
+        let solver = prune.map_or_else(SolverOptions::default, |prune| SolverOptions {
+            damp: prune.damp,
+            column_block: prune.column_block,
+        });
+        let (outputs, scan) =
+            Encodings { source, recipe, format, blocks: &blocks, tables: &tables, solver }
+                .plan()?;
         let shard_starts = plan_shards(&outputs);
         let output_bytes = outputs.iter().map(|output| output.bytes).sum();
         let source_bytes = source.tensors().iter().map(|tensor| tensor.stored_bytes).sum();
-        let prune = recipe.prune.as_ref();
         let mut resolved = recipe.clone();
         resolved.output.format = Some(format);
         Ok(Self {
@@ -169,13 +169,11 @@ impl ConversionPlan {
             recipe: resolved,
             format,
             sequential: prune.map(|prune| prune.sequential).unwrap_or_default(),
-            solver: prune.map_or_else(SolverOptions::default, |prune| SolverOptions {
-                damp: prune.damp,
-                column_block: prune.column_block,
-            }),
+            solver,
             blocks,
             tables,
             outputs,
+            scan,
             output_bytes,
             source_bytes,
             shard_starts,
@@ -190,6 +188,13 @@ impl ConversionPlan {
     /// The most that any layer needs from calibration.
     pub fn needs(&self) -> StatKind {
         self.blocks.iter().map(BlockPlan::needs).max().unwrap_or(StatKind::None)
+    }
+
+    /// Whether block `index` is copied as it is: nothing in it is pruned, and no later block needs its
+    /// activations.
+    pub fn copies_block(&self, index: usize) -> bool {
+        self.blocks.get(index).is_some_and(|block| block.layers.is_empty())
+            && self.last_calibrated_block().is_none_or(|last| index > last)
     }
 
     /// The last block that needs activations; later ones are written without running them.
@@ -455,60 +460,6 @@ fn check_calibration(recipe: &Recipe, needs: StatKind, max_positions: usize) -> 
 
 fn contradiction(what: String) -> PipelineError {
     RecipeError::Contradiction { what }.into()
-}
-
-fn plan_outputs(
-    source: &ModelSource,
-    recipe: &Recipe,
-    format: OutputFormat,
-    blocks: &[BlockPlan],
-    tables: &[TablePlan],
-) -> Result<Vec<OutputTensor>> {
-    let asked = recipe.output.dtype.map(DType::from);
-    let gguf = matches!(source.reader().metadata(), ModelMetadata::Gguf(_));
-    source
-        .tensors()
-        .iter()
-        .map(|tensor| {
-            let dtype = output_dtype(tensor, asked, gguf);
-            let linear = match tensor.kind {
-                TensorKind::Linear { block, role } => Some((block, role)),
-                _ => None,
-            };
-            let layer = linear.and_then(|(block, role)| {
-                blocks[block].layers.iter().find(|layer| layer.role == role)
-            });
-            let module = tensor.name.strip_suffix(".weight");
-            let table = tables.iter().find(|table| Some(table.module.as_str()) == module);
-            let sparsity = layer.map(|layer| layer.sparsity).or(table.map(|table| table.sparsity));
-            let encoding = match sparsity {
-                Some(Sparsity::NofM { n: 2, m: 4 }) if format == OutputFormat::Packed => {
-                    Encoding::Sparse24 { dtype }
-                }
-                _ => Encoding::Dense { dtype },
-            };
-            let components = encoding.components(&tensor.name, &tensor.shape)?;
-            Ok(OutputTensor {
-                name: tensor.name.clone(),
-                encoding,
-                shape: tensor.shape.clone(),
-                bytes: components.iter().map(|component| component.bytes).sum(),
-                block: tensor.kind.block(),
-                linear: linear.map(|(_, role)| role),
-            })
-        })
-        .collect()
-}
-
-/// The element type a tensor is written in: the one asked for, else its own. A GGUF file's types
-/// are mixed (quantized matrices, f32 norms), so all of it becomes bf16. Tensors that are not float
-/// weights keep their type.
-fn output_dtype(tensor: &ModelTensor, asked: Option<DType>, gguf: bool) -> DType {
-    let own = tensor.encoding.value_dtype();
-    if !own.is_float_weight() {
-        return own;
-    }
-    asked.unwrap_or(if gguf { DType::Bf16 } else { own })
 }
 
 /// First output of every shard. Tensors of one block stay together.

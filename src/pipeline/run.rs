@@ -81,10 +81,17 @@ impl BackendJob for Conversion<'_> {
         for block in &self.plan.blocks[first_block..] {
             let began = Instant::now();
             self.source.prefetch(block.index + 1);
-            let mut loaded =
-                run.times.time(Phase::Load, || LoadedBlock::load(b, self.source, block.index))?;
-            let reports = run.solve(block, &mut loaded)?;
-            run.write_rest(block.index)?;
+            let reports = if self.plan.copies_block(block.index) {
+                run.copy_block(block.index, |_| true)?;
+                Vec::new()
+            } else {
+                let mut loaded = run
+                    .times
+                    .time(Phase::Load, || LoadedBlock::load(b, self.source, block.index))?;
+                let reports = run.solve(block, &mut loaded)?;
+                run.copy_block(block.index, |output| output.linear.is_none())?;
+                reports
+            };
             self.source.release(block.index);
             run.record(block, &reports, began)?;
         }
@@ -262,11 +269,11 @@ impl<'a, B: Backend> Run<'a, B> {
         first.into_iter().try_for_each(|output| self.copy(output))
     }
 
-    /// Writes the tensors of a block that are not linears.
-    fn write_rest(&mut self, block: usize) -> Result<()> {
+    /// Copies the tensors of a block that `which` names.
+    fn copy_block(&mut self, block: usize, which: fn(&OutputTensor) -> bool) -> Result<()> {
         let outputs = self.job.plan.outputs.iter();
         outputs
-            .filter(|output| output.block == Some(block) && output.linear.is_none())
+            .filter(|output| output.block == Some(block) && which(output))
             .try_for_each(|output| self.copy(output))
     }
 

@@ -72,8 +72,8 @@ fn write_all(reader: &dyn CheckpointReader, out: &Path, layout: ShardLayout) -> 
             chunk.clear();
             info.encoding.decode_dense(&info.name, &info.shape, &parts, rows, &mut chunk)?;
             writer.write(&info.name, 0, &chunk)?;
+            reader.release(&[&info.name]);
         }
-        reader.release(&[&info.name]);
     }
     writer.finish()?;
     Ok(())

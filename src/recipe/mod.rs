@@ -153,7 +153,7 @@ pub struct OutputRecipe {
 pub enum OutputFormat {
     /// Plain Hugging Face directory, zeros stored; loads everywhere.
     Safetensors,
-    /// Safetensors shards with 2:4 layers as kept values and 2-bit positions.
+    /// Safetensors shards with sparse layers as kept values and their positions.
     Packed,
 }
 
@@ -169,6 +169,11 @@ pub enum WeightDType {
     F16,
     /// IEEE binary32.
     F32,
+    /// 8-bit float (e4m3) for the linears, without scales: weights below 2^-10 become zero, and
+    /// above 464 are an error.
+    #[serde(rename = "f8_e4m3")]
+    #[value(name = "f8_e4m3")]
+    F8E4m3,
 }
 
 impl From<WeightDType> for sparsepack_formats::DType {
@@ -177,6 +182,7 @@ impl From<WeightDType> for sparsepack_formats::DType {
             WeightDType::Bf16 => Self::Bf16,
             WeightDType::F16 => Self::F16,
             WeightDType::F32 => Self::F32,
+            WeightDType::F8E4m3 => Self::F8E4m3,
         }
     }
 }

@@ -9,12 +9,14 @@ mod mask;
 mod nibbles;
 pub mod nm;
 pub mod sparse24;
+mod survey;
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
 pub use encoder::Encoder;
+pub use survey::Survey;
 
 use crate::{DType, FormatError, GgmlType, Result};
 

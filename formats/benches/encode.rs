@@ -1,0 +1,128 @@
+//! Throughput of the encodings on one thread, against a plain copy of the same bytes.
+//!
+//! `cargo bench -p sparsepack-formats --bench encode` prints GB/s of dense bytes, encoded and decoded.
+
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a program that prints")]
+
+use std::{
+    hint::black_box,
+    time::{Duration, Instant},
+};
+
+use sparsepack_formats::{DType, Encoder, Encoding};
+
+/// How long a row of the table is measured.
+const BUDGET: Duration = Duration::from_millis(300);
+
+/// Larger than a core's caches in every type (16 to 63 MB), and columns that many groups divide.
+const SHAPE: [usize; 2] = [4096, 3840];
+
+/// Rows encoded and decoded at a time, as conversions do.
+const CHUNK_ROWS: usize = 128;
+
+fn main() {
+    for dtype in [DType::Bf16, DType::F32, DType::I8] {
+        let bytes = SHAPE[0] * SHAPE[1] * dtype.size_bytes();
+        println!("{dtype} {} x {}, GB/s of dense bytes", SHAPE[0], SHAPE[1]);
+        let source = matrix(dtype, |_, _| true);
+        let mut target = vec![0; bytes];
+        let copy = rate(bytes, || target.copy_from_slice(black_box(&source)));
+        println!("  {:<14} encode {copy:>6.2}                decode {copy:>6.2}", "memcpy");
+        let half = |row: usize, col: usize| hash(row * SHAPE[1] + col) & 1 == 0;
+        let kept = count(half);
+        for (encoding, keep) in cases(dtype, kept) {
+            let dense = match keep {
+                Some((n, m)) => matrix(dtype, move |row, col| {
+                    // A rotation of n neighbours in each group.
+                    (col + hash(row * SHAPE[1] + col / m)) % m < n
+                }),
+                None => matrix(dtype, half),
+            };
+            measure(encoding, &dense, copy);
+        }
+    }
+}
+
+/// Encodings with the pattern to measure each on; half of the elements at random without one.
+fn cases(dtype: DType, kept: u64) -> Vec<(Encoding, Option<(usize, usize)>)> {
+    let nm = |n, m| {
+        (Encoding::Nm { n, m, dtype }, Some((usize::from(n), usize::from(m))))
+    };
+    vec![
+        (Encoding::Sparse24 { dtype }, Some((2, 4))),
+        nm(1, 4),
+        nm(4, 8),
+        nm(6, 8),
+        nm(8, 16),
+        nm(5, 10),
+        (Encoding::Bitmask { dtype, kept }, None),
+    ]
+}
+
+fn measure(encoding: Encoding, dense: &[u8], copy: f64) {
+    let row_bytes = dense.len() / SHAPE[0];
+    let encode = || {
+        let mut encoder = Encoder::new(encoding, "w", &SHAPE).unwrap();
+        let mut parts = vec![vec![]; encoding.components("w", &SHAPE).unwrap().len()];
+        for chunk in dense.chunks(CHUNK_ROWS * row_bytes) {
+            for (part, more) in parts.iter_mut().zip(encoder.rows(chunk).unwrap()) {
+                part.push(more);
+            }
+        }
+        for (part, more) in parts.iter_mut().zip(encoder.finish().unwrap()) {
+            part.push(more);
+        }
+        parts
+    };
+    let encoded = rate(dense.len(), &encode);
+    let parts: Vec<Vec<u8>> = encode().iter().map(|part| part.concat()).collect();
+    let parts: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
+    let mut out = vec![];
+    let decoded = rate(dense.len(), || {
+        for row in (0..SHAPE[0]).step_by(CHUNK_ROWS) {
+            out.clear();
+            let rows = row..row + CHUNK_ROWS;
+            encoding.decode_dense("w", &SHAPE, &parts, rows, &mut out).unwrap();
+            black_box(&out);
+        }
+    });
+    println!(
+        "  {:<14} encode {encoded:>6.2} ({:>4.0} %)       decode {decoded:>6.2} ({:>4.0} %)",
+        encoding.to_string(),
+        100.0 * encoded / copy,
+        100.0 * decoded / copy
+    );
+}
+
+/// A matrix with a byte other than 0 in every element that `keep` names.
+fn matrix(dtype: DType, keep: impl Fn(usize, usize) -> bool) -> Vec<u8> {
+    let size = dtype.size_bytes();
+    let mut bytes = vec![0; SHAPE[0] * SHAPE[1] * size];
+    for (index, element) in bytes.chunks_exact_mut(size).enumerate() {
+        if keep(index / SHAPE[1], index % SHAPE[1]) {
+            element.fill(index as u8 | 1);
+        }
+    }
+    bytes
+}
+
+fn count(keep: impl Fn(usize, usize) -> bool) -> u64 {
+    let kept = |row: usize| (0..SHAPE[1]).filter(|&col| keep(row, col)).count() as u64;
+    (0..SHAPE[0]).map(kept).sum()
+}
+
+fn hash(index: usize) -> usize {
+    (index as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15) as usize >> 40
+}
+
+/// GB/s of the fastest repetition.
+fn rate<R>(bytes: usize, mut work: impl FnMut() -> R) -> f64 {
+    let start = Instant::now();
+    let mut best = Duration::MAX;
+    while start.elapsed() < BUDGET {
+        let round = Instant::now();
+        black_box(work());
+        best = best.min(round.elapsed());
+    }
+    bytes as f64 / best.as_secs_f64() / 1e9
+}

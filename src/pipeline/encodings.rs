@@ -1,0 +1,186 @@
+//! Which encoding each output gets: by the recipe where it is pruned, by a look at its values where
+//! a conversion only repacks.
+
+use serde::Serialize;
+use sparsepack_formats::{DType, Encoding, ModelMetadata, Survey};
+
+use super::{
+    copy::stream_rows,
+    error::{PipelineError, Result},
+    plan::{BlockPlan, OutputTensor, TablePlan},
+};
+use crate::{
+    compress::{Method, SolverOptions, Sparsity},
+    model::{ModelSource, ModelTensor, TensorKind},
+    recipe::{OutputFormat, Recipe},
+};
+
+/// What was read of the source to plan a repack.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Scan {
+    /// Matrices looked at: linears, embeddings and the output matrix.
+    pub tensors: usize,
+    /// Their bytes in the source.
+    pub bytes: u64,
+}
+
+/// Chooses encodings for the outputs of a plan.
+pub(super) struct Encodings<'a> {
+    /// The model.
+    pub source: &'a ModelSource,
+    /// What is asked for.
+    pub recipe: &'a Recipe,
+    /// Container of the output.
+    pub format: OutputFormat,
+    /// Every decoder block.
+    pub blocks: &'a [BlockPlan],
+    /// Matrices outside the blocks to prune.
+    pub tables: &'a [TablePlan],
+    /// Settings of the solvers, which decide how many weights become zero.
+    pub solver: SolverOptions,
+}
+
+impl Encodings<'_> {
+    /// Every output in order, and what was read of the source to know.
+    ///
+    /// # Errors
+    /// Tensors that no encoding holds; a source that cannot be read; a packed format that would pack
+    /// nothing.
+    pub(super) fn plan(&self) -> Result<(Vec<OutputTensor>, Option<Scan>)> {
+        let mut scan = None;
+        let tensors = self.source.tensors().iter();
+        let outputs = tensors
+            .map(|tensor| {
+                let encoding = self.encoding(tensor, &mut scan)?;
+                let linear = match tensor.kind {
+                    TensorKind::Linear { role, .. } => Some(role),
+                    _ => None,
+                };
+                Ok(OutputTensor {
+                    name: tensor.name.clone(),
+                    encoding,
+                    shape: tensor.shape.clone(),
+                    bytes: stored_bytes(tensor, encoding)?,
+                    block: tensor.kind.block(),
+                    linear,
+                })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let packs = outputs.iter().any(|output| output.encoding.is_packed());
+        if self.format == OutputFormat::Packed && !packs {
+            let why = match self.recipe.prune {
+                Some(_) => {
+                    "no pruned layer becomes smaller, since a mask takes a bit of each weight; \
+                     prune more or write --format safetensors"
+                }
+                None => {
+                    "no matrix of the source has zeros enough to become smaller; prune it with \
+                     --prune or write --format safetensors"
+                }
+            };
+            return Err(PipelineError::Unsupported { format: "packed", why: why.to_owned() });
+        }
+        Ok((outputs, scan))
+    }
+
+    fn encoding(&self, tensor: &ModelTensor, scan: &mut Option<Scan>) -> Result<Encoding> {
+        let dtype = self.dtype(tensor);
+        let dense = Encoding::Dense { dtype };
+        let is_matrix = matches!(
+            tensor.kind,
+            TensorKind::Linear { .. } | TensorKind::Embedding | TensorKind::LmHead
+        );
+        if self.format != OutputFormat::Packed || !is_matrix {
+            return Ok(dense);
+        }
+        let packed = match self.pruned(tensor) {
+            Some((method, sparsity)) => self.of_pruned(tensor, dtype, method, sparsity),
+            None if self.recipe.prune.is_none() => {
+                let scan = scan.get_or_insert_default();
+                scan.tensors += 1;
+                scan.bytes += tensor.stored_bytes;
+                return self.scan(tensor, dtype);
+            }
+            // What is packed in the source and left alone stays as it is.
+            None => retyped(tensor.encoding, dtype),
+        };
+        let smaller = stored_bytes(tensor, packed)? < stored_bytes(tensor, dense)?;
+        Ok(if smaller { packed } else { dense })
+    }
+
+    /// Method and sparsity of a tensor that is pruned.
+    fn pruned(&self, tensor: &ModelTensor) -> Option<(Method, Sparsity)> {
+        if let TensorKind::Linear { block, role } = tensor.kind {
+            let layers = &self.blocks.get(block)?.layers;
+            let layer = layers.iter().find(|layer| layer.role == role)?;
+            return Some((layer.method, layer.sparsity));
+        }
+        let module = tensor.name.strip_suffix(".weight")?;
+        let table = self.tables.iter().find(|table| table.module == module)?;
+        Some((table.method, table.sparsity))
+    }
+
+    /// The encoding that the pattern of a pruned matrix asks for.
+    fn of_pruned(
+        &self,
+        tensor: &ModelTensor,
+        dtype: DType,
+        method: Method,
+        sparsity: Sparsity,
+    ) -> Encoding {
+        match (sparsity, tensor.shape.as_slice()) {
+            (Sparsity::NofM { n: 2, m: 4 }, _) => Encoding::Sparse24 { dtype },
+            // Both are at most 16.
+            (Sparsity::NofM { n, m }, _) => Encoding::Nm { n: n as u8, m: m as u8, dtype },
+            (Sparsity::Unstructured(_), &[rows, cols]) => {
+                let zeros = method.zeros(sparsity, rows, cols, self.solver);
+                Encoding::Bitmask { dtype, kept: (rows * cols - zeros) as u64 }
+            }
+            (Sparsity::Unstructured(_), _) => Encoding::Dense { dtype },
+        }
+    }
+
+    /// The cheapest encoding that holds the source's matrix exactly, a few rows at a time.
+    fn scan(&self, tensor: &ModelTensor, dtype: DType) -> Result<Encoding> {
+        let mut survey = Survey::new(dtype, &tensor.shape);
+        stream_rows(self.source, &tensor.name, dtype, |rows| {
+            survey.rows(rows);
+            Ok(())
+        })?;
+        Ok(survey.cheapest(&tensor.name)?)
+    }
+
+    /// The element type a tensor is written in: the one asked for, else its own. A GGUF file's types
+    /// are mixed (quantized matrices, f32 norms), so all of it becomes bf16. Tensors that are not
+    /// float weights keep their type, and 8-bit floats are for the linears only.
+    fn dtype(&self, tensor: &ModelTensor) -> DType {
+        let own = tensor.encoding.value_dtype();
+        if !own.is_float_weight() {
+            return own;
+        }
+        let linear = matches!(tensor.kind, TensorKind::Linear { .. });
+        let asked = self.recipe.output.dtype.map(DType::from);
+        let gguf = matches!(self.source.reader().metadata(), ModelMetadata::Gguf(_));
+        asked.filter(|&dtype| linear || dtype != DType::F8E4m3).unwrap_or(if gguf {
+            DType::Bf16
+        } else {
+            own
+        })
+    }
+}
+
+fn stored_bytes(tensor: &ModelTensor, encoding: Encoding) -> Result<u64> {
+    let components = encoding.components(&tensor.name, &tensor.shape)?;
+    Ok(components.iter().map(|component| component.bytes).sum())
+}
+
+/// A packed encoding with values of another type, dense where the source is not packed. Rounding
+/// may add zeros and never removes one, so what an encoding holds it goes on to hold.
+fn retyped(encoding: Encoding, dtype: DType) -> Encoding {
+    match encoding {
+        Encoding::Sparse24 { .. } => Encoding::Sparse24 { dtype },
+        Encoding::Nm { n, m, .. } => Encoding::Nm { n, m, dtype },
+        Encoding::Bitmask { kept, .. } => Encoding::Bitmask { dtype, kept },
+        _ => Encoding::Dense { dtype },
+    }
+}
