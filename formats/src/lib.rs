@@ -8,6 +8,7 @@
 //! * [`SafetensorsWriter`] writes one: every header is laid out before the first data byte,
 //!   data streams forward into `*.part` files, and [`CheckpointWriter::finish`] renames them.
 //! * [`Encoding`] says how one tensor's values become bytes.
+#![deny(unsafe_code)]
 
 mod digest;
 mod dtype;

@@ -19,7 +19,14 @@
 //! refused, never pruned. A group of fewer keeps one or two zeros beside its values, at the columns
 //! that the CUTLASS packing of `torch` would choose, so that equal matrices have equal bytes.
 
+mod kernel;
+mod portable;
+#[cfg(target_arch = "x86_64")]
+mod simd;
+
 use std::ops::Range;
+
+pub use kernel::Kernel;
 
 use super::{Component, MatrixShape, check_length, check_rows, dense, mask, nibbles};
 use crate::{DType, FormatError, Result};
@@ -27,31 +34,9 @@ use crate::{DType, FormatError, Result};
 /// Fills the unused nibble of a row with an odd number of groups.
 pub const PAD: u8 = 0xE;
 
-/// Marks a group of three or four values in [`NIBBLES`].
-const TOO_MANY: u8 = 0x80;
-
-/// Nibble by which of the four columns (bit 0 is column 0) hold values.
-const NIBBLES: [u8; 16] = [
-    0xE, 0x8, 0x9, 0x4, // ----, 0, 1, 01
-    0xE, 0x8, 0x9, TOO_MANY, // 2, 02, 12, 012
-    0xE, 0xC, 0xD, TOO_MANY, // 3, 03, 13, 013
-    0xE, TOO_MANY, TOO_MANY, TOO_MANY, // 23, 023, 123, 0123
-];
-
-/// 1 for each metadata byte with a nibble that is not legal, else 0.
-const ILLEGAL: [u8; 256] = {
-    let mut table = [0; 256];
-    let mut byte = 0;
-    while byte < 256 {
-        table[byte] = !(is_legal(byte as u8 & 0xF) && is_legal(byte as u8 >> 4)) as u8;
-        byte += 1;
-    }
-    table
-};
-
-const fn is_legal(nibble: u8) -> bool {
-    nibble & 3 < nibble >> 2
-}
+/// Dense bytes that are packed or unpacked in one go where rows allow it: they and what becomes of
+/// them fit the first caches.
+const RUN_BYTES: usize = 16 << 10;
 
 /// The stored components of a 2:4 matrix.
 pub(super) fn components(name: &str, dtype: DType, shape: &[usize]) -> Result<Vec<Component>> {
@@ -110,32 +95,48 @@ pub(super) fn encode_from(
     values: &mut Vec<u8>,
     metadata: &mut Vec<u8>,
 ) -> Result<()> {
-    components(name, dtype, &[matrix.rows, matrix.cols])?;
-    let row_bytes = matrix.cols * dtype.size_bytes();
-    check_length(name, "dense", dense_bytes.len(), matrix.rows * row_bytes)?;
-    if row_bytes == 0 {
-        return Ok(());
-    }
+    let runs = Runs { first_row, ..Runs::new(name, dtype, matrix)? };
+    check_length(name, "dense", dense_bytes.len(), runs.of_rows(matrix.rows).dense)?;
     let before = (values.len(), metadata.len());
-    let meta_stride = matrix.cols.div_ceil(8);
-    values.reserve(dense_bytes.len() / 2);
-    metadata.reserve(matrix.rows * meta_stride);
-    for (row, row_in) in dense_bytes.chunks_exact(row_bytes).enumerate() {
-        // Row by row, so that the zeros `resize` writes are overwritten while they are in cache.
+    values.reserve(runs.of_rows(matrix.rows).values);
+    metadata.reserve(runs.of_rows(matrix.rows).metadata);
+    for rows in runs.rows(0..matrix.rows) {
+        // Run by run, so that the zeros `resize` writes are overwritten while they are in cache.
         let (values_at, metadata_at) = (values.len(), metadata.len());
-        values.resize(values_at + row_bytes / 2, 0);
-        metadata.resize(metadata_at + meta_stride, 0);
-        let (row_values, row_metadata) = (&mut values[values_at..], &mut metadata[metadata_at..]);
-        let legal = match dtype.size_bytes() {
-            1 => encode_row::<4, 2>(row_in, row_values, row_metadata, group_of_bytes),
-            2 => encode_row::<8, 4>(row_in, row_values, row_metadata, group_of_halves),
-            _ => encode_row::<16, 8>(row_in, row_values, row_metadata, group_of_floats),
-        };
-        if !legal {
+        values.resize(values_at + runs.of_rows(rows.len()).values, 0);
+        metadata.resize(metadata_at + runs.of_rows(rows.len()).metadata, 0);
+        let (run_values, run_metadata) = (&mut values[values_at..], &mut metadata[metadata_at..]);
+        if let Err(error) = runs.pack(&rows, dense_bytes, run_values, run_metadata) {
             values.truncate(before.0);
             metadata.truncate(before.1);
-            return Err(too_many(name, dtype, first_row + row, row_in));
+            return Err(error);
         }
+    }
+    Ok(())
+}
+
+/// [`encode`] into slices of the components' lengths, without an allocation.
+///
+/// # Errors
+/// As [`encode`], but `values` and `metadata` are then partly written; also when one of them has
+/// another length.
+pub fn encode_into(
+    name: &str,
+    dtype: DType,
+    matrix: MatrixShape,
+    dense_bytes: &[u8],
+    values: &mut [u8],
+    metadata: &mut [u8],
+) -> Result<()> {
+    let runs = Runs::new(name, dtype, matrix)?;
+    let all = runs.of_rows(matrix.rows);
+    check_length(name, "dense", dense_bytes.len(), all.dense)?;
+    check_length(name, ".values", values.len(), all.values)?;
+    check_length(name, ".metadata", metadata.len(), all.metadata)?;
+    for rows in runs.rows(0..matrix.rows) {
+        let (start, end) = (runs.of_rows(rows.start), runs.of_rows(rows.end));
+        let run_values = &mut values[start.values..end.values];
+        runs.pack(&rows, dense_bytes, run_values, &mut metadata[start.metadata..end.metadata])?;
     }
     Ok(())
 }
@@ -154,18 +155,43 @@ pub fn decode(
     rows: Range<usize>,
     out: &mut Vec<u8>,
 ) -> Result<()> {
+    let runs = Runs::new(name, dtype, matrix)?;
+    runs.check_packed(values, metadata, &rows)?;
     let before = out.len();
-    let row_bytes = matrix.cols * dtype.size_bytes();
-    out.reserve(rows.len().min(matrix.rows) * row_bytes);
-    let result = decode_rows(name, dtype, matrix, values, metadata, rows, |row| {
+    out.reserve(runs.of_rows(rows.len()).dense);
+    for rows in runs.rows(rows) {
         let start = out.len();
-        out.resize(start + row_bytes, 0);
-        row.expand(&mut out[start..])
-    });
-    if result.is_err() {
-        out.truncate(before);
+        out.resize(start + runs.of_rows(rows.len()).dense, 0);
+        if let Err(error) = runs.unpack(&rows, values, metadata, &mut out[start..]) {
+            out.truncate(before);
+            return Err(error);
+        }
     }
-    result
+    Ok(())
+}
+
+/// [`decode`] into a slice of the rows' length, without an allocation.
+///
+/// # Errors
+/// As [`decode`], but `out` is then partly written; also when it has another length.
+pub fn decode_into(
+    name: &str,
+    dtype: DType,
+    matrix: MatrixShape,
+    values: &[u8],
+    metadata: &[u8],
+    rows: Range<usize>,
+    out: &mut [u8],
+) -> Result<()> {
+    let runs = Runs::new(name, dtype, matrix)?;
+    runs.check_packed(values, metadata, &rows)?;
+    check_length(name, "output", out.len(), runs.of_rows(rows.len()).dense)?;
+    let first = rows.start;
+    for rows in runs.rows(rows) {
+        let at = runs.of_rows(rows.start - first).dense..runs.of_rows(rows.end - first).dense;
+        runs.unpack(&rows, values, metadata, &mut out[at])?;
+    }
+    Ok(())
 }
 
 /// Decodes rows `rows` to f32, row-major, into `out`.
@@ -181,17 +207,20 @@ pub fn decode_f32(
     rows: Range<usize>,
     out: &mut [f32],
 ) -> Result<()> {
-    dense::check_float(name, dtype)?;
+    let runs = Runs::new(name, dtype, matrix)?;
+    runs.check_packed(values, metadata, &rows)?;
     check_length(name, "output", out.len(), rows.len() * matrix.cols)?;
-    let mut scratch = vec![0; matrix.cols * dtype.size_bytes()];
-    let mut out_rows = out.chunks_exact_mut(matrix.cols.max(1));
-    decode_rows(name, dtype, matrix, values, metadata, rows, |row| {
-        let legal = row.expand(&mut scratch);
-        if let Some(out) = out_rows.next() {
-            dense::to_f32(dtype, &scratch, out);
-        }
-        legal
-    })
+    dense::check_float(name, dtype)?;
+    let mut scratch = vec![0; runs.of_rows(runs.rows_per_run.min(rows.len())).dense];
+    let mut rest = out;
+    for rows in runs.rows(rows) {
+        let dense = &mut scratch[..runs.of_rows(rows.len()).dense];
+        runs.unpack(&rows, values, metadata, dense)?;
+        let (run, after) = rest.split_at_mut(rows.len() * matrix.cols);
+        dense::to_f32(dtype, dense, run);
+        rest = after;
+    }
+    Ok(())
 }
 
 /// Appends the components of a matrix of 4-bit codes: `codes` and `values` have two in a byte, the
@@ -245,8 +274,9 @@ pub fn decode_nibbles(
         let values =
             nibbles::unpack(name, &values[row * value_stride..][..value_stride], kept, row)?;
         let metadata = &metadata[row * meta_stride..][..meta_stride];
-        if !(PackedRow { element_bytes: 1, values: &values, metadata }).expand(&mut codes) {
+        if !Kernel::best().unpack(DType::U8, &values, metadata, &mut codes) {
             out.truncate(before);
+            let name = format!("{name}.metadata");
             return Err(illegal_nibble(name, matrix.cols / 4, row, metadata));
         }
         nibbles::pack(&codes, matrix.cols, out);
@@ -254,168 +284,98 @@ pub fn decode_nibbles(
     Ok(())
 }
 
-/// The stored bytes of one row.
-struct PackedRow<'a> {
-    element_bytes: usize,
-    values: &'a [u8],
-    metadata: &'a [u8],
-}
-
-impl PackedRow<'_> {
-    /// Expands the row; false when a nibble is not legal.
-    fn expand(&self, out: &mut [u8]) -> bool {
-        match self.element_bytes {
-            1 => decode_row::<4, 2>(self.values, self.metadata, out, expand_bytes),
-            2 => decode_row::<8, 4>(self.values, self.metadata, out, expand_halves),
-            _ => decode_row::<16, 8>(self.values, self.metadata, out, expand_floats),
-        }
-    }
-}
-
-fn decode_rows(
-    name: &str,
+/// A matrix cut into runs of rows. Rows of an even number of groups have no unused nibble, so several
+/// of them are one longer row.
+pub(super) struct Runs<'a> {
+    name: &'a str,
     dtype: DType,
     matrix: MatrixShape,
-    values: &[u8],
-    metadata: &[u8],
-    rows: Range<usize>,
-    mut expand: impl FnMut(PackedRow<'_>) -> bool,
-) -> Result<()> {
-    components(name, dtype, &[matrix.rows, matrix.cols])?;
-    let element_bytes = dtype.size_bytes();
-    let value_stride = matrix.cols / 2 * element_bytes;
-    let meta_stride = matrix.cols.div_ceil(8);
-    check_length(name, ".values", values.len(), matrix.rows * value_stride)?;
-    check_length(name, ".metadata", metadata.len(), matrix.rows * meta_stride)?;
-    check_rows(name, &rows, matrix.rows)?;
-    for row in rows {
-        let packed = PackedRow {
-            element_bytes,
-            values: &values[row * value_stride..][..value_stride],
-            metadata: &metadata[row * meta_stride..][..meta_stride],
-        };
-        let metadata = packed.metadata;
-        if !expand(packed) {
-            return Err(illegal_nibble(name, matrix.cols / 4, row, metadata));
+    /// Row of the tensor that row 0 of the matrix is, for messages.
+    pub(super) first_row: usize,
+    /// Suffix of the metadata component, for messages.
+    pub(super) metadata_suffix: &'static str,
+    rows_per_run: usize,
+    kernel: Kernel,
+}
+
+/// Bytes of some rows.
+pub(super) struct Lengths {
+    pub(super) dense: usize,
+    pub(super) values: usize,
+    pub(super) metadata: usize,
+}
+
+impl<'a> Runs<'a> {
+    fn new(name: &'a str, dtype: DType, matrix: MatrixShape) -> Result<Self> {
+        components(name, dtype, &[matrix.rows, matrix.cols])?;
+        Ok(Self::of(name, dtype, matrix))
+    }
+
+    /// For a shape and type that were accepted before.
+    pub(super) fn of(name: &'a str, dtype: DType, matrix: MatrixShape) -> Self {
+        let row_bytes = (matrix.cols * dtype.size_bytes()).max(1);
+        let joined = matrix.cols.is_multiple_of(8);
+        let rows_per_run = if joined { (RUN_BYTES / row_bytes).max(1) } else { 1 };
+        let kernel = Kernel::best();
+        let metadata_suffix = ".metadata";
+        Self { name, dtype, matrix, first_row: 0, metadata_suffix, rows_per_run, kernel }
+    }
+
+    /// The products do not overflow for any part of the matrix: `components` has checked the whole.
+    pub(super) fn of_rows(&self, rows: usize) -> Lengths {
+        let dense = rows * self.matrix.cols * self.dtype.size_bytes();
+        Lengths { dense, values: dense / 2, metadata: rows * self.matrix.cols.div_ceil(8) }
+    }
+
+    pub(super) fn rows(&self, all: Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
+        // Rows without columns have nothing to pack.
+        let all = if self.matrix.cols == 0 { 0..0 } else { all };
+        let (end, step) = (all.end, self.rows_per_run);
+        all.step_by(step).map(move |start| start..end.min(start + step))
+    }
+
+    fn check_packed(&self, values: &[u8], metadata: &[u8], rows: &Range<usize>) -> Result<()> {
+        let all = self.of_rows(self.matrix.rows);
+        check_length(self.name, ".values", values.len(), all.values)?;
+        check_length(self.name, ".metadata", metadata.len(), all.metadata)?;
+        check_rows(self.name, rows, self.matrix.rows)
+    }
+
+    /// Packs `rows` of the whole matrix `dense` into slices of the run's own lengths.
+    pub(super) fn pack(
+        &self,
+        rows: &Range<usize>,
+        dense: &[u8],
+        values: &mut [u8],
+        metadata: &mut [u8],
+    ) -> Result<()> {
+        let dense = &dense[self.of_rows(rows.start).dense..self.of_rows(rows.end).dense];
+        if self.kernel.pack(self.dtype, dense, values, metadata) {
+            return Ok(());
         }
+        Err(too_many(self.name, self.dtype, self.matrix.cols, self.first_row + rows.start, dense))
     }
-    Ok(())
-}
 
-/// Packs one row; `GROUP` is the bytes of four elements and `KEPT` the bytes of two. False when a
-/// group has more than two values.
-fn encode_row<const GROUP: usize, const KEPT: usize>(
-    dense: &[u8],
-    values: &mut [u8],
-    metadata: &mut [u8],
-    pack: impl Fn([u8; GROUP]) -> ([u8; KEPT], u8),
-) -> bool {
-    let (pairs, odd) = {
-        let (groups, _) = dense.as_chunks::<GROUP>();
-        groups.as_chunks::<2>()
-    };
-    let (kept, _) = values.as_chunks_mut::<KEPT>();
-    let (kept_pairs, kept_odd) = kept.as_chunks_mut::<2>();
-    let mut flaws = 0;
-    for (([low, high], kept), byte) in pairs.iter().zip(kept_pairs).zip(&mut *metadata) {
-        let (low, low_nibble) = pack(*low);
-        let (high, high_nibble) = pack(*high);
-        *kept = [low, high];
-        *byte = low_nibble | high_nibble << 4;
-        flaws |= low_nibble | high_nibble;
+    /// Unpacks `rows` of the whole components into a slice of the run's own length.
+    pub(super) fn unpack(
+        &self,
+        rows: &Range<usize>,
+        values: &[u8],
+        metadata: &[u8],
+        out: &mut [u8],
+    ) -> Result<()> {
+        let (start, end) = (self.of_rows(rows.start), self.of_rows(rows.end));
+        let metadata = &metadata[start.metadata..end.metadata];
+        if self.kernel.unpack(self.dtype, &values[start.values..end.values], metadata, out) {
+            return Ok(());
+        }
+        let name = format!("{}{}", self.name, self.metadata_suffix);
+        Err(illegal_nibble(name, self.matrix.cols / 4, rows.start, metadata))
     }
-    if let ([group], [kept], Some(byte)) = (odd, kept_odd, metadata.last_mut()) {
-        let (values, nibble) = pack(*group);
-        *kept = values;
-        *byte = nibble | PAD << 4;
-        flaws |= nibble;
-    }
-    flaws & TOO_MANY == 0
 }
 
-/// Keeps two of four bytes.
-#[inline]
-fn group_of_bytes(group: [u8; 4]) -> ([u8; 2], u8) {
-    let flags = (0..4).fold(0, |flags, i| flags | usize::from(group[i] != 0) << i);
-    let nibble = NIBBLES[flags];
-    ([group[usize::from(nibble & 3)], group[usize::from(nibble >> 2 & 3)]], nibble)
-}
-
-/// Keeps two of four 16-bit lanes.
-#[inline]
-fn group_of_halves(group: [u8; 8]) -> ([u8; 4], u8) {
-    const LOW_BITS: u64 = 0x7FFF_7FFF_7FFF_7FFF;
-    // Moves bit 16 i to bit 48 + i: the four products do not carry into each other.
-    const GATHER: u64 = 1 << 48 | 1 << 33 | 1 << 18 | 1 << 3;
-    let lanes = u64::from_le_bytes(group);
-    // The top bit of a lane becomes set exactly when the lane is not zero.
-    let nonzero = (((lanes & LOW_BITS) + LOW_BITS) | lanes) & !LOW_BITS;
-    let flags = ((nonzero >> 15).wrapping_mul(GATHER) >> 48) & 0xF;
-    let nibble = NIBBLES[flags as usize];
-    let (first, second) = (nibble << 4 & 0x30, nibble << 2 & 0x30);
-    let kept = (lanes >> first & 0xFFFF) as u32 | ((lanes >> second) as u32) << 16;
-    (kept.to_le_bytes(), nibble)
-}
-
-/// Keeps two of four 32-bit lanes.
-#[inline]
-fn group_of_floats(group: [u8; 16]) -> ([u8; 8], u8) {
-    let (lanes, _) = group.as_chunks::<4>();
-    let lanes: [u32; 4] = std::array::from_fn(|i| u32::from_le_bytes(lanes[i]));
-    let flags = (0..4).fold(0, |flags, i| flags | usize::from(lanes[i] != 0) << i);
-    let nibble = NIBBLES[flags];
-    let (first, second) = (lanes[usize::from(nibble & 3)], lanes[usize::from(nibble >> 2 & 3)]);
-    ((u64::from(first) | u64::from(second) << 32).to_le_bytes(), nibble)
-}
-
-/// Expands one row; false when a nibble is not legal or the padding is not [`PAD`].
-fn decode_row<const GROUP: usize, const KEPT: usize>(
-    values: &[u8],
-    metadata: &[u8],
-    out: &mut [u8],
-    expand: impl Fn([u8; KEPT], u8) -> [u8; GROUP],
-) -> bool {
-    let (kept, _) = values.as_chunks::<KEPT>();
-    let (kept_pairs, kept_odd) = kept.as_chunks::<2>();
-    let (groups, _) = out.as_chunks_mut::<GROUP>();
-    let (pairs, odd) = groups.as_chunks_mut::<2>();
-    let mut flaws = 0;
-    for (([low, high], out), &byte) in kept_pairs.iter().zip(pairs).zip(metadata) {
-        *out = [expand(*low, byte & 0xF), expand(*high, byte >> 4)];
-        flaws |= ILLEGAL[usize::from(byte)];
-    }
-    if let ([kept], [out], Some(&byte)) = (kept_odd, odd, metadata.last()) {
-        *out = expand(*kept, byte & 0xF);
-        flaws |= ILLEGAL[usize::from(byte)] | u8::from(byte >> 4 != PAD);
-    }
-    flaws == 0
-}
-
-/// Puts two bytes at their columns.
-#[inline]
-fn expand_bytes([first, second]: [u8; 2], nibble: u8) -> [u8; 4] {
-    (u32::from(first) << (8 * (nibble & 3)) | u32::from(second) << (8 * (nibble >> 2)))
-        .to_le_bytes()
-}
-
-/// Puts two 16-bit values at their columns.
-#[inline]
-fn expand_halves(kept: [u8; 4], nibble: u8) -> [u8; 8] {
-    let kept = u64::from(u32::from_le_bytes(kept));
-    let (first, second) = (kept & 0xFFFF, kept >> 16);
-    (first << (16 * (nibble & 3)) | second << (16 * (nibble >> 2))).to_le_bytes()
-}
-
-/// Puts two 32-bit values at their columns.
-#[inline]
-fn expand_floats(kept: [u8; 8], nibble: u8) -> [u8; 16] {
-    let kept = u128::from(u64::from_le_bytes(kept));
-    let (first, second) = (kept & 0xFFFF_FFFF, kept >> 32);
-    (first << (32 * (nibble & 3)) | second << (32 * (nibble >> 2))).to_le_bytes()
-}
-
-/// Finds the group that made [`encode_row`] fail.
-fn too_many(name: &str, dtype: DType, row: usize, dense: &[u8]) -> FormatError {
+/// Finds the group that made [`Kernel::pack`] fail in rows from `first_row` on.
+fn too_many(name: &str, dtype: DType, cols: usize, first_row: usize, dense: &[u8]) -> FormatError {
     let size = dtype.size_bytes();
     let count =
         |group: &[u8]| group.chunks_exact(size).filter(|e| e.iter().any(|&b| b != 0)).count();
@@ -425,32 +385,36 @@ fn too_many(name: &str, dtype: DType, row: usize, dense: &[u8]) -> FormatError {
         .enumerate()
         .find(|&(_, count)| count > 2)
         .unwrap_or_default();
+    let (row, column) = (first_row + 4 * group / cols, 4 * group % cols);
     FormatError::Encoding {
         name: name.to_owned(),
         what: format!(
-            "row {row}, columns {} to {}: {values} values are not +0.0; 2:4 holds two",
-            4 * group,
-            4 * group + 3
+            "row {row}, columns {column} to {}: {values} values are not +0.0; 2:4 holds two",
+            column + 3
         ),
     }
 }
 
-/// Finds the nibble that made [`decode_row`] fail.
-fn illegal_nibble(name: &str, groups: usize, row: usize, metadata: &[u8]) -> FormatError {
-    let nibbles = metadata.iter().flat_map(|byte| [byte & 0xF, byte >> 4]);
-    let illegal = nibbles.clone().enumerate().take(groups).find(|&(_, nibble)| !is_legal(nibble));
-    let what = match illegal {
-        Some((group, nibble)) => format!(
+/// Finds the nibble that made [`Kernel::unpack`] fail in rows of `groups` groups from `first_row` on.
+fn illegal_nibble(name: String, groups: usize, first_row: usize, metadata: &[u8]) -> FormatError {
+    let rows = metadata.chunks(groups.div_ceil(2)).zip(first_row..);
+    let nibbles = rows.flat_map(|(bytes, row)| {
+        let nibbles = bytes.iter().flat_map(|byte| [byte & 0xF, byte >> 4]);
+        nibbles.take(groups).enumerate().map(move |(group, nibble)| (row, group, nibble))
+    });
+    let what = match nibbles.into_iter().find(|&(_, _, nibble)| !portable::is_legal(nibble)) {
+        Some((row, group, nibble)) => format!(
             "row {row}, columns {} to {}: metadata nibble {nibble:#x} is not legal; expected 0x4, 0x8, 0x9, 0xc, 0xd or 0xe",
             4 * group,
             4 * group + 3
         ),
+        // A row with an unused nibble is a run of its own.
         None => format!(
-            "row {row}: the unused metadata nibble is {:#x}, expected {PAD:#x}",
+            "row {first_row}: the unused metadata nibble is {:#x}, expected {PAD:#x}",
             metadata.last().map_or(0, |byte| byte >> 4)
         ),
     };
-    FormatError::Encoding { name: format!("{name}.metadata"), what }
+    FormatError::Encoding { name, what }
 }
 
 #[cfg(test)]

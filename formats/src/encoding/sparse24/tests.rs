@@ -184,7 +184,159 @@ fn group() -> impl Strategy<Value = [u32; 4]> {
     })
 }
 
+/// What each kernel makes of a row that starts at an odd address.
+fn pack_with(kernel: Kernel, dtype: DType, dense: &[u8]) -> Option<(Vec<u8>, Vec<u8>)> {
+    let shifted = [&[0], dense].concat();
+    let groups = dense.len() / 4 / dtype.size_bytes();
+    let mut values = vec![9; dense.len() / 2 + 1];
+    let mut metadata = vec![9; groups.div_ceil(2) + 1];
+    let legal = kernel.pack(dtype, &shifted[1..], &mut values[1..], &mut metadata[1..]);
+    legal.then(|| (values.split_off(1), metadata.split_off(1)))
+}
+
+fn unpack_with(kernel: Kernel, dtype: DType, values: &[u8], metadata: &[u8]) -> Option<Vec<u8>> {
+    let mut out = vec![9; 2 * values.len()];
+    kernel.unpack(dtype, values, metadata, &mut out).then_some(out)
+}
+
+/// One of each width.
+const TYPES: [DType; 3] = [DType::I8, DType::Bf16, DType::F32];
+
+/// Elements whose flags are the bits of `flags`, all of them different and with one byte that is
+/// not zero.
+fn elements(dtype: DType, flags: impl Iterator<Item = bool>) -> Vec<u8> {
+    let size = dtype.size_bytes();
+    let mut dense = vec![];
+    for (index, flag) in flags.enumerate() {
+        let at = dense.len() + index % size;
+        dense.resize(dense.len() + size, 0);
+        dense[at] = u8::from(flag) * (index % 255 + 1) as u8;
+    }
+    dense
+}
+
+#[test]
+fn kernels_agree_on_all_flags_of_four_groups() {
+    let legal = |flags: u32| (0..4).all(|group| (flags >> (4 * group) & 0xF).count_ones() <= 2);
+    let bits = |flags: u32| (0..16).map(move |bit| flags >> bit & 1 == 1);
+    for dtype in TYPES {
+        let patterns = (0..1 << 16).filter(|&flags| legal(flags));
+        // A row of all legal ones and an odd group, so that each also stands at each place of a step.
+        let rows = (0..4).map(|shift| {
+            let lead = std::iter::repeat_n(false, 4 * shift);
+            elements(
+                dtype,
+                lead.chain(patterns.clone().flat_map(bits)).chain([true; 2]).chain([false; 2]),
+            )
+        });
+        for dense in rows {
+            let expected = pack_with(Kernel::Portable, dtype, &dense).unwrap();
+            for kernel in Kernel::available() {
+                let packed = pack_with(kernel, dtype, &dense).unwrap();
+                assert!(packed == expected, "{kernel:?} {dtype}");
+                let dense_again = unpack_with(kernel, dtype, &packed.0, &packed.1);
+                assert!(dense_again.as_ref() == Some(&dense), "{kernel:?} {dtype}");
+            }
+        }
+        for flags in (0..1 << 16).filter(|&flags| !legal(flags)) {
+            // One step and nothing else.
+            let dense = elements(dtype, (0..48).map(|_| false).chain(bits(flags)));
+            for kernel in Kernel::available() {
+                assert_eq!(pack_with(kernel, dtype, &dense), None, "{kernel:?} {dtype} {flags:#x}");
+            }
+        }
+    }
+}
+
+#[test]
+fn kernels_agree_on_every_metadata_byte() {
+    let values: Vec<u8> = (0..=255).cycle().take(41 * 8).collect();
+    for dtype in TYPES {
+        let values = &values[..41 * 2 * dtype.size_bytes()];
+        for position in 0..21 {
+            for byte in 0..=255 {
+                let mut metadata = [0xE4; 21];
+                metadata[position] = byte;
+                let expected = unpack_with(Kernel::Portable, dtype, values, &metadata);
+                for kernel in Kernel::available() {
+                    let found = unpack_with(kernel, dtype, values, &metadata);
+                    assert_eq!(found, expected, "{kernel:?} {dtype} {position} {byte:#x}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn kernels_refuse_lengths_that_do_not_belong_together() {
+    for kernel in Kernel::available() {
+        let (mut values, mut metadata) = ([0; 64], [0; 8]);
+        assert!(!kernel.pack(DType::F16, &[0; 126], &mut values, &mut metadata));
+        assert!(!kernel.pack(DType::F16, &[0; 128], &mut values[1..], &mut metadata));
+        assert!(!kernel.pack(DType::F16, &[0; 128], &mut values, &mut metadata[1..]));
+        assert!(!kernel.pack(DType::I16, &[0; 128], &mut values, &mut metadata));
+        assert!(!kernel.unpack(DType::F16, &values, &metadata, &mut [0; 127]));
+        assert!(kernel.pack(DType::F16, &[0; 128], &mut values, &mut metadata));
+    }
+}
+
+#[test]
+fn the_row_of_a_defect_is_found_in_a_run_of_rows() {
+    // 64 columns: many rows in one run. 68: one row a run.
+    for cols in [64, 68] {
+        let matrix = MatrixShape { rows: 40, cols };
+        let mut dense = vec![0; 40 * cols * 2];
+        let (mut values, mut metadata) = pack(DType::F16, matrix, &dense).unwrap();
+        metadata[37 * cols.div_ceil(8) + 2] = 0xE0;
+        let error = decode_into(
+            "w",
+            DType::F16,
+            matrix,
+            &values,
+            &metadata,
+            30..40,
+            &mut dense[..10 * cols * 2],
+        );
+        let message = error.unwrap_err().to_string();
+        assert!(message.contains("row 37, columns 16 to 19: metadata nibble 0x0"), "{message}");
+        for column in [20, 21, 23] {
+            dense[2 * (31 * cols + column)] = 1;
+        }
+        let error = encode_into("w", DType::F16, matrix, &dense, &mut values, &mut metadata);
+        assert_eq!(
+            error.unwrap_err().to_string(),
+            "tensor `w`: row 31, columns 20 to 23: 3 values are not +0.0; 2:4 holds two"
+        );
+    }
+}
+
 proptest! {
+    #[test]
+    fn kernels_agree_on_every_bit_pattern(
+        groups in proptest::collection::vec(group(), 0..120),
+        full in proptest::option::of((any::<proptest::sample::Index>(), 0..4usize)),
+    ) {
+        for dtype in TYPES {
+            let mut groups = groups.clone();
+            if let (Some((index, column)), false) = (&full, groups.is_empty()) {
+                let at = index.index(groups.len());
+                groups[at] = [1 << 24; 4];
+                groups[at][*column] = 0;
+            }
+            let bytes = |bits: &u32| bits.to_le_bytes()[4 - dtype.size_bytes()..].to_vec();
+            let dense: Vec<u8> = groups.as_flattened().iter().flat_map(bytes).collect();
+            let expected = pack_with(Kernel::Portable, dtype, &dense);
+            for kernel in Kernel::available() {
+                let packed = pack_with(kernel, dtype, &dense);
+                prop_assert_eq!(&packed, &expected);
+                if let Some((values, metadata)) = packed {
+                    let dense_again = unpack_with(kernel, dtype, &values, &metadata);
+                    prop_assert_eq!(dense_again.as_ref(), Some(&dense));
+                }
+            }
+        }
+    }
+
     #[test]
     fn decode_inverts_encode_for_every_bit_pattern(
         cols in 1..7usize,
@@ -207,6 +359,14 @@ proptest! {
             prop_assert_eq!(metadata.len() as u64, parts[1].bytes);
             let mut out = vec![];
             decode("w", dtype, matrix, &values, &metadata, 0..rows, &mut out).unwrap();
+            prop_assert_eq!(&out, &dense);
+            let (mut values_again, mut metadata_again) = (values.clone(), metadata.clone());
+            values_again.fill(7);
+            metadata_again.fill(7);
+            encode_into("w", dtype, matrix, &dense, &mut values_again, &mut metadata_again).unwrap();
+            prop_assert_eq!((&values_again, &metadata_again), (&values, &metadata));
+            out.fill(7);
+            decode_into("w", dtype, matrix, &values, &metadata, 0..rows, &mut out).unwrap();
             prop_assert_eq!(&out, &dense);
             if !dtype.is_float_weight() {
                 continue;
