@@ -135,9 +135,12 @@ fn convert_without_pruning_repacks() {
 #[test]
 fn every_pattern_packs_verifies_unpacks_and_evaluates() {
     let dir = Dir::new();
-    for (sparsity, encoding, percent) in
-        [("4:8", "nm", 56.25), ("1:4", "nm", 31.25), ("8:16", "nm", 56.25), ("50%", "bitmask", 56.4)]
-    {
+    for (sparsity, encoding, percent) in [
+        ("4:8", "nm", 56.25),
+        ("1:4", "nm", 31.25),
+        ("8:16", "nm", 56.25),
+        ("50%", "bitmask", 56.4),
+    ] {
         let name = |kind: &str| dir.join(&format!("{}-{kind}", sparsity.replace([':', '%'], "-")));
         let (dense, packed, unpacked) = (name("dense"), name("packed"), name("unpacked"));
         let prune = ["--prune", "magnitude", "--sparsity", sparsity];

@@ -321,12 +321,11 @@ const PACKED: [(&str, Encoding); 6] = [
 fn packed_and_plain_outputs_hold_the_same_bits() {
     let dir = Dir::new();
     for (sparsity, encoding) in PACKED {
-        let [plain, packed] =
-            [OutputFormat::Safetensors, OutputFormat::Packed].map(|format| {
-                let out = dir.join(&format!("{}-{format:?}", sparsity.replace([':', '%'], "-")));
-                run(&fixture("tiny/llama-gqa"), &recipe(Method::SparseGpt, sparsity, format), &out);
-                out
-            });
+        let [plain, packed] = [OutputFormat::Safetensors, OutputFormat::Packed].map(|format| {
+            let out = dir.join(&format!("{}-{format:?}", sparsity.replace([':', '%'], "-")));
+            run(&fixture("tiny/llama-gqa"), &recipe(Method::SparseGpt, sparsity, format), &out);
+            out
+        });
         assert_eq!(encoding_of_linears(&packed), encoding, "{sparsity}");
         let report = verify(&packed, Some(&plain), &VerifyOptions::default()).unwrap();
         assert_eq!(report.findings, [], "{sparsity}");
@@ -424,14 +423,13 @@ fn eight_bit_floats_are_for_the_linears() {
     let dir = Dir::new();
     let model = fixture("tiny/llama-mha-tied");
     for sparsity in ["2:4", "3:8", "50%"] {
-        let [plain, packed] =
-            [OutputFormat::Safetensors, OutputFormat::Packed].map(|format| {
-                let out = dir.join(&format!("{}-{format:?}", sparsity.replace([':', '%'], "-")));
-                let mut recipe = recipe(Method::SparseGpt, sparsity, format);
-                recipe.output.dtype = Some(WeightDType::F8E4m3);
-                run(&model, &recipe, &out);
-                out
-            });
+        let [plain, packed] = [OutputFormat::Safetensors, OutputFormat::Packed].map(|format| {
+            let out = dir.join(&format!("{}-{format:?}", sparsity.replace([':', '%'], "-")));
+            let mut recipe = recipe(Method::SparseGpt, sparsity, format);
+            recipe.output.dtype = Some(WeightDType::F8E4m3);
+            run(&model, &recipe, &out);
+            out
+        });
         let dtype = |name: &str| {
             let reader = sparsepack_formats::open(&plain).unwrap();
             reader.tensors().get(name).unwrap().encoding.value_dtype()

@@ -45,9 +45,7 @@ fn main() {
 
 /// Encodings with the pattern to measure each on; half of the elements at random without one.
 fn cases(dtype: DType, kept: u64) -> Vec<(Encoding, Option<(usize, usize)>)> {
-    let nm = |n, m| {
-        (Encoding::Nm { n, m, dtype }, Some((usize::from(n), usize::from(m))))
-    };
+    let nm = |n, m| (Encoding::Nm { n, m, dtype }, Some((usize::from(n), usize::from(m))));
     vec![
         (Encoding::Sparse24 { dtype }, Some((2, 4))),
         nm(1, 4),

@@ -18,6 +18,7 @@ mod reader;
 mod tensor;
 mod writer;
 
+pub mod compressed_tensors;
 pub mod encoding;
 pub mod gguf;
 pub mod safetensors;

@@ -298,7 +298,7 @@ fn components_of_packed_tensors_are_checked() {
     refused!(
         packed(&[values, metadata], r#"{"w":{"encoding":"dense","dtype":"BF16","shape":[1,8]}}"#),
         InvalidTensor,
-        "m.safetensors: tensor `w`: the encoding BF16 cannot be declared in a safetensors file; expected sparse24, nm or bitmask"
+        "m.safetensors: tensor `w`: the encoding BF16 cannot be declared in a safetensors file; expected sparse24, nm, bitmask or torch-cutlass"
     );
     refused!(
         packed(
@@ -376,7 +376,10 @@ fn components_of_nm_and_bitmask_tensors_are_checked() {
         ((r#""m":4"#, r#""m":24"#), "the pattern is 1:24; expected 1 <= n < m <= 16"),
         ((r#""n":1"#, r#""n":2"#), "the encoding nm does not hold 2:4; expected sparse24"),
         ((r#""n":1"#, r#""n":0"#), "the pattern is 0:4; expected 1 <= n < m <= 16"),
-        (("F8_E4M3", "BOOL"), "1:4 values of type BOOL; expected F32, F16, BF16, F8_E4M3, I8 or U8"),
+        (
+            ("F8_E4M3", "BOOL"),
+            "1:4 values of type BOOL; expected F32, F16, BF16, F8_E4M3, I8 or U8",
+        ),
     ] {
         refused!(
             packed(&nm, &NM.replace(change.0, change.1)),

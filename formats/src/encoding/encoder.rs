@@ -1,6 +1,9 @@
 //! From dense rows to the components of an encoding, some rows at a time.
 
-use super::{Encoding, MatrixShape, bitmask, ggml, nm, sparse24};
+use super::{
+    Encoding, MatrixShape, bitmask, ct_sparse_bitmask, ct_sparse24, ggml, nm, sparse24,
+    torch_cutlass,
+};
 use crate::{FormatError, Result};
 
 /// Encodes one tensor in row order. What [`rows`](Self::rows) and [`finish`](Self::finish) return
@@ -13,6 +16,10 @@ pub struct Encoder {
     rows_done: usize,
     /// What a bitmask's rows have in common.
     bitmask: bitmask::State,
+    /// Metadata of `torch-cutlass` so far.
+    torch_cutlass: torch_cutlass::State,
+    /// Values of `sparse-bitmask` so far.
+    stored: u64,
 }
 
 impl Encoder {
@@ -23,8 +30,15 @@ impl Encoder {
     pub fn new(encoding: Encoding, name: &str, shape: &[usize]) -> Result<Self> {
         encoding.components(name, shape)?;
         let matrix = MatrixShape::of(shape);
-        let (name, bitmask) = (name.to_owned(), bitmask::State::default());
-        Ok(Self { encoding, name, matrix, rows_done: 0, bitmask })
+        Ok(Self {
+            encoding,
+            name: name.to_owned(),
+            matrix,
+            rows_done: 0,
+            bitmask: bitmask::State::default(),
+            torch_cutlass: torch_cutlass::State::default(),
+            stored: 0,
+        })
     }
 
     /// Encodes the next rows, given as little-endian bytes of [`Encoding::value_dtype`].
@@ -78,6 +92,21 @@ impl Encoder {
                         bitmask::Codec { name: &self.name, dtype, kept, matrix: self.matrix };
                     codec.encode(&mut self.bitmask, self.rows_done, dense)?
                 }
+                Encoding::TorchCutlass { dtype } => {
+                    torch_cutlass::Codec { name: &self.name, dtype, matrix: self.matrix }.encode(
+                        &mut self.torch_cutlass,
+                        self.rows_done,
+                        dense,
+                    )?
+                }
+                Encoding::CtSparse24Bitmask { dtype } => {
+                    ct_sparse24::Codec { name: &self.name, dtype, matrix: self.matrix }
+                        .encode(self.rows_done, dense)?
+                }
+                Encoding::CtSparseBitmask { dtype, kept } => {
+                    ct_sparse_bitmask::Codec { name: &self.name, dtype, kept, matrix: self.matrix }
+                        .encode(&mut self.stored, self.rows_done, dense)?
+                }
             };
         self.rows_done += rows;
         Ok(parts)
@@ -96,6 +125,14 @@ impl Encoder {
             Encoding::Bitmask { dtype, kept } => {
                 let codec = bitmask::Codec { name: &self.name, dtype, kept, matrix: self.matrix };
                 codec.finish(self.bitmask)
+            }
+            Encoding::TorchCutlass { .. } => torch_cutlass::Codec::finish(self.torch_cutlass),
+            Encoding::CtSparse24Bitmask { dtype } => {
+                ct_sparse24::Codec { name: &self.name, dtype, matrix: self.matrix }.finish()
+            }
+            Encoding::CtSparseBitmask { dtype, kept } => {
+                ct_sparse_bitmask::Codec { name: &self.name, dtype, kept, matrix: self.matrix }
+                    .finish()
             }
             _ => vec![],
         })

@@ -1,6 +1,8 @@
 //! How the values of one tensor become bytes, independent of the container they lie in.
 
 mod bitmask;
+mod ct_sparse24;
+mod ct_sparse_bitmask;
 pub mod dense;
 mod encoder;
 mod f8;
@@ -10,6 +12,9 @@ mod nibbles;
 pub mod nm;
 pub mod sparse24;
 mod survey;
+#[cfg(test)]
+mod testing;
+mod torch_cutlass;
 
 use std::fmt;
 
@@ -57,6 +62,35 @@ pub enum Encoding {
         /// Room for values; a matrix may have fewer that are not zero, not more.
         kept: u64,
     },
+    /// 2:4 sparse as PyTorch's CUTLASS semi-structured tensors hold it.
+    ///
+    /// Components of a matrix `[R, C]`: `.packed [R, C/2]`, kept values in ascending column; `.meta`,
+    /// I16 `[R, C/16]` for 16-bit values and I32 `[R, C/32]` for I8, words of nibbles as in
+    /// [`sparse24`], in the order of CUTLASS.
+    TorchCutlass {
+        /// Element type of the kept values: F16, BF16 or I8.
+        dtype: DType,
+    },
+    /// 2:4 sparse as compressed-tensors 0.9 to 0.14 wrote it (`sparse-24-bitmask`).
+    ///
+    /// Components of `MODULE.weight [R, C]`: `MODULE.compressed [R, C/2]`, kept values in ascending
+    /// column; `MODULE.bitmask` U8 `[R, ceil(C/8)]`, least significant bit first; `MODULE.shape` I64
+    /// `[2, 1]`.
+    CtSparse24Bitmask {
+        /// Element type of the kept values (a float type or I8).
+        dtype: DType,
+    },
+    /// Sparse without a pattern as compressed-tensors 0.9 to 0.14 wrote it (`sparse-bitmask`).
+    ///
+    /// Components of `MODULE.weight [R, C]`: `MODULE.compressed [kept]`, row-major; `MODULE.bitmask`
+    /// U8 `[R, ceil(C/8)]`, least significant bit first; `MODULE.shape` I64 `[2]`;
+    /// `MODULE.row_offsets` I64 `[R]`, the number of values before each row.
+    CtSparseBitmask {
+        /// Element type of the kept values (a float type or I8).
+        dtype: DType,
+        /// Values stored; where fewer elements are not zero, some zeros are stored too.
+        kept: u64,
+    },
     /// ggml quant blocks along each row.
     Ggml {
         /// Block type.
@@ -68,7 +102,8 @@ pub enum Encoding {
 /// One stored piece of an encoded tensor.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Component {
-    /// Appended to the tensor's name, e.g. `.values`; empty for a dense tensor.
+    /// Last part of the name, e.g. `.values`; empty for a dense tensor. See
+    /// [`Encoding::component_name`].
     pub suffix: &'static str,
     /// Element type in the container.
     pub dtype: DType,
@@ -99,6 +134,11 @@ impl Encoding {
             Self::Sparse24 { dtype } => sparse24::components(name, dtype, shape),
             Self::Nm { n, m, dtype } => nm::components(name, nm::Pattern { n, m }, dtype, shape),
             Self::Bitmask { dtype, kept } => bitmask::components(name, dtype, kept, shape),
+            Self::TorchCutlass { dtype } => torch_cutlass::components(name, dtype, shape),
+            Self::CtSparse24Bitmask { dtype } => ct_sparse24::components(name, dtype, shape),
+            Self::CtSparseBitmask { dtype, kept } => {
+                ct_sparse_bitmask::components(name, dtype, kept, shape)
+            }
             Self::Ggml { ty } => Ok(vec![Component {
                 suffix: "",
                 dtype: DType::U8,
@@ -114,7 +154,10 @@ impl Encoding {
             Self::Dense { dtype }
             | Self::Sparse24 { dtype }
             | Self::Nm { dtype, .. }
-            | Self::Bitmask { dtype, .. } => dtype,
+            | Self::Bitmask { dtype, .. }
+            | Self::TorchCutlass { dtype }
+            | Self::CtSparse24Bitmask { dtype }
+            | Self::CtSparseBitmask { dtype, .. } => dtype,
             Self::Ggml { ty: GgmlType::F16 } => DType::F16,
             Self::Ggml { ty: GgmlType::BF16 } => DType::Bf16,
             Self::Ggml { .. } => DType::F32,
@@ -129,13 +172,34 @@ impl Encoding {
                 | Self::Sparse24 { .. }
                 | Self::Nm { .. }
                 | Self::Bitmask { .. }
+                | Self::TorchCutlass { .. }
+                | Self::CtSparse24Bitmask { .. }
+                | Self::CtSparseBitmask { .. }
                 | Self::Ggml { ty: GgmlType::F32 | GgmlType::F16 | GgmlType::BF16 }
         )
     }
 
     /// Whether a tensor is stored as several components of a safetensors file, and declared there.
     pub fn is_packed(self) -> bool {
-        matches!(self, Self::Sparse24 { .. } | Self::Nm { .. } | Self::Bitmask { .. })
+        matches!(
+            self,
+            Self::Sparse24 { .. }
+                | Self::Nm { .. }
+                | Self::Bitmask { .. }
+                | Self::TorchCutlass { .. }
+        )
+    }
+
+    /// Name in the container of a component of tensor `name`. The components of compressed-tensors
+    /// stand in the place of `.weight`, all others behind the name.
+    pub fn component_name(self, name: &str, component: &Component) -> String {
+        let owner = match self {
+            Self::CtSparse24Bitmask { .. } | Self::CtSparseBitmask { .. } => {
+                name.strip_suffix(".weight").unwrap_or(name)
+            }
+            _ => name,
+        };
+        format!("{owner}{}", component.suffix)
     }
 
     /// Decodes a whole tensor: [`decode_f32`](Self::decode_f32) of all its rows.
@@ -192,6 +256,15 @@ impl Encoding {
             Self::Bitmask { dtype, kept } => {
                 bitmask::Codec { name, dtype, kept, matrix }.decode_f32(rows, parts, out)
             }
+            Self::TorchCutlass { dtype } => {
+                torch_cutlass::Codec { name, dtype, matrix }.decode_f32(rows, parts, out)
+            }
+            Self::CtSparse24Bitmask { dtype } => {
+                ct_sparse24::Codec { name, dtype, matrix }.decode_f32(rows, parts, out)
+            }
+            Self::CtSparseBitmask { dtype, kept } => {
+                ct_sparse_bitmask::Codec { name, dtype, kept, matrix }.decode_f32(rows, parts, out)
+            }
             Self::Sparse24 { dtype } => {
                 sparse24::decode_f32(name, dtype, matrix, parts[0], parts[1], rows, out)
             }
@@ -227,6 +300,15 @@ impl Encoding {
             Self::Bitmask { dtype, kept } => {
                 bitmask::Codec { name, dtype, kept, matrix }.decode(rows, parts, out)
             }
+            Self::TorchCutlass { dtype } => {
+                torch_cutlass::Codec { name, dtype, matrix }.decode(rows, parts, out)
+            }
+            Self::CtSparse24Bitmask { dtype } => {
+                ct_sparse24::Codec { name, dtype, matrix }.decode(rows, parts, out)
+            }
+            Self::CtSparseBitmask { dtype, kept } => {
+                ct_sparse_bitmask::Codec { name, dtype, kept, matrix }.decode(rows, parts, out)
+            }
             Self::Dense { dtype } => {
                 out.extend_from_slice(dense::row_bytes(dtype, matrix, parts[0], rows));
                 Ok(())
@@ -253,7 +335,7 @@ impl Encoding {
         for (component, part) in components.iter().zip(parts) {
             if component.bytes != part.len() as u64 {
                 return Err(FormatError::Encoding {
-                    name: format!("{name}{}", component.suffix),
+                    name: self.component_name(name, component),
                     what: format!("expected {} bytes, found {}", component.bytes, part.len()),
                 });
             }
@@ -291,6 +373,9 @@ impl fmt::Display for Encoding {
             Self::Sparse24 { dtype } => write!(f, "2:4 {dtype}"),
             Self::Nm { n, m, dtype } => write!(f, "{n}:{m} {dtype}"),
             Self::Bitmask { dtype, .. } => write!(f, "bitmask {dtype}"),
+            Self::TorchCutlass { dtype } => write!(f, "torch-cutlass {dtype}"),
+            Self::CtSparse24Bitmask { dtype } => write!(f, "sparse-24-bitmask {dtype}"),
+            Self::CtSparseBitmask { dtype, .. } => write!(f, "sparse-bitmask {dtype}"),
             Self::Ggml { ty } => write!(f, "{ty}"),
         }
     }

@@ -105,8 +105,9 @@ pub(super) fn encode_from(
         let (values_at, metadata_at) = (values.len(), metadata.len());
         values.resize(values_at + runs.of_rows(rows.len()).values, 0);
         metadata.resize(metadata_at + runs.of_rows(rows.len()).metadata, 0);
+        let dense = &dense_bytes[runs.of_rows(rows.start).dense..runs.of_rows(rows.end).dense];
         let (run_values, run_metadata) = (&mut values[values_at..], &mut metadata[metadata_at..]);
-        if let Err(error) = runs.pack(&rows, dense_bytes, run_values, run_metadata) {
+        if let Err(error) = runs.pack(rows.start, dense, run_values, run_metadata) {
             values.truncate(before.0);
             metadata.truncate(before.1);
             return Err(error);
@@ -135,8 +136,10 @@ pub fn encode_into(
     check_length(name, ".metadata", metadata.len(), all.metadata)?;
     for rows in runs.rows(0..matrix.rows) {
         let (start, end) = (runs.of_rows(rows.start), runs.of_rows(rows.end));
+        let dense = &dense_bytes[start.dense..end.dense];
         let run_values = &mut values[start.values..end.values];
-        runs.pack(&rows, dense_bytes, run_values, &mut metadata[start.metadata..end.metadata])?;
+        let run_metadata = &mut metadata[start.metadata..end.metadata];
+        runs.pack(rows.start, dense, run_values, run_metadata)?;
     }
     Ok(())
 }
@@ -162,7 +165,7 @@ pub fn decode(
     for rows in runs.rows(rows) {
         let start = out.len();
         out.resize(start + runs.of_rows(rows.len()).dense, 0);
-        if let Err(error) = runs.unpack(&rows, values, metadata, &mut out[start..]) {
+        if let Err(error) = runs.unpack_from(&rows, values, metadata, &mut out[start..]) {
             out.truncate(before);
             return Err(error);
         }
@@ -189,7 +192,7 @@ pub fn decode_into(
     let first = rows.start;
     for rows in runs.rows(rows) {
         let at = runs.of_rows(rows.start - first).dense..runs.of_rows(rows.end - first).dense;
-        runs.unpack(&rows, values, metadata, &mut out[at])?;
+        runs.unpack_from(&rows, values, metadata, &mut out[at])?;
     }
     Ok(())
 }
@@ -215,7 +218,7 @@ pub fn decode_f32(
     let mut rest = out;
     for rows in runs.rows(rows) {
         let dense = &mut scratch[..runs.of_rows(rows.len()).dense];
-        runs.unpack(&rows, values, metadata, dense)?;
+        runs.unpack_from(&rows, values, metadata, dense)?;
         let (run, after) = rest.split_at_mut(rows.len() * matrix.cols);
         dense::to_f32(dtype, dense, run);
         rest = after;
@@ -341,23 +344,43 @@ impl<'a> Runs<'a> {
         check_rows(self.name, rows, self.matrix.rows)
     }
 
-    /// Packs `rows` of the whole matrix `dense` into slices of the run's own lengths.
+    /// Packs a run that starts at `row`, from and into slices of its own lengths.
+    ///
+    /// # Errors
+    /// [`FormatError::Encoding`] for a group of more than two values.
     pub(super) fn pack(
         &self,
-        rows: &Range<usize>,
+        row: usize,
         dense: &[u8],
         values: &mut [u8],
         metadata: &mut [u8],
     ) -> Result<()> {
-        let dense = &dense[self.of_rows(rows.start).dense..self.of_rows(rows.end).dense];
         if self.kernel.pack(self.dtype, dense, values, metadata) {
             return Ok(());
         }
-        Err(too_many(self.name, self.dtype, self.matrix.cols, self.first_row + rows.start, dense))
+        Err(too_many(self.name, self.dtype, self.matrix.cols, self.first_row + row, dense))
     }
 
-    /// Unpacks `rows` of the whole components into a slice of the run's own length.
+    /// Unpacks a run that starts at `row`, from and into slices of its own lengths.
+    ///
+    /// # Errors
+    /// [`FormatError::Encoding`] for a nibble that is not legal.
     pub(super) fn unpack(
+        &self,
+        row: usize,
+        values: &[u8],
+        metadata: &[u8],
+        out: &mut [u8],
+    ) -> Result<()> {
+        if self.kernel.unpack(self.dtype, values, metadata, out) {
+            return Ok(());
+        }
+        let name = format!("{}{}", self.name, self.metadata_suffix);
+        Err(illegal_nibble(name, self.matrix.cols / 4, self.first_row + row, metadata))
+    }
+
+    /// [`unpack`](Self::unpack) from whole components.
+    fn unpack_from(
         &self,
         rows: &Range<usize>,
         values: &[u8],
@@ -365,17 +388,20 @@ impl<'a> Runs<'a> {
         out: &mut [u8],
     ) -> Result<()> {
         let (start, end) = (self.of_rows(rows.start), self.of_rows(rows.end));
-        let metadata = &metadata[start.metadata..end.metadata];
-        if self.kernel.unpack(self.dtype, &values[start.values..end.values], metadata, out) {
-            return Ok(());
-        }
-        let name = format!("{}{}", self.name, self.metadata_suffix);
-        Err(illegal_nibble(name, self.matrix.cols / 4, rows.start, metadata))
+        let (values, metadata) =
+            (&values[start.values..end.values], &metadata[start.metadata..end.metadata]);
+        self.unpack(rows.start, values, metadata, out)
     }
 }
 
 /// Finds the group that made [`Kernel::pack`] fail in rows from `first_row` on.
-fn too_many(name: &str, dtype: DType, cols: usize, first_row: usize, dense: &[u8]) -> FormatError {
+pub(super) fn too_many(
+    name: &str,
+    dtype: DType,
+    cols: usize,
+    first_row: usize,
+    dense: &[u8],
+) -> FormatError {
     let size = dtype.size_bytes();
     let count =
         |group: &[u8]| group.chunks_exact(size).filter(|e| e.iter().any(|&b| b != 0)).count();

@@ -100,13 +100,14 @@ fn lay_out_shard(path: &Path, name: String, shard: &ShardLayout) -> Result<FileL
     let mut header = Header { tensors: vec![], metadata: metadata(path, shard)? };
     let mut end = 0u64;
     for (tensor, _, component) in &components {
+        let (name, encoding, _) = &shard.tensors[*tensor];
         let start = end;
         end = start.checked_add(component.bytes).ok_or_else(|| FormatError::Encoding {
-            name: shard.tensors[*tensor].0.clone(),
+            name: name.clone(),
             what: "the size of the shard overflows".to_owned(),
         })?;
         header.tensors.push(StoredTensor {
-            name: format!("{}{}", shard.tensors[*tensor].0, component.suffix),
+            name: encoding.component_name(name, component),
             dtype: component.dtype,
             shape: component.shape.clone(),
             start,
@@ -149,7 +150,7 @@ fn metadata(
     let declared: serde_json::Map<_, _> = shard
         .tensors
         .iter()
-        .filter(|(_, encoding, _)| !matches!(encoding, Encoding::Dense { .. }))
+        .filter(|(_, encoding, _)| encoding.is_packed())
         .map(|(name, encoding, shape)| {
             let declaration = Declaration { encoding: *encoding, shape: shape.clone() };
             (name.clone(), serde_json::json!(declaration))

@@ -11,7 +11,10 @@ use super::{
     header::Header,
     index::{ShardIndex, parse_json_file},
 };
-use crate::{CheckpointReader, FormatError, MappedFile, ModelMetadata, Result, TensorIndex};
+use crate::{
+    CheckpointReader, FormatError, MappedFile, ModelMetadata, Result, TensorIndex,
+    compressed_tensors::{self, Found, SparseFormat},
+};
 
 /// Reads one safetensors file or a directory of shards.
 #[derive(Debug)]
@@ -24,11 +27,8 @@ pub struct SafetensorsReader {
     metadata: ModelMetadata,
 }
 
-#[derive(Debug)]
-struct Place {
-    file: usize,
-    parts: Vec<Range<usize>>,
-}
+/// For each component, the number of its file and its bytes there.
+type Place = Vec<(usize, Range<usize>)>;
 
 impl SafetensorsReader {
     /// Opens a Hugging Face directory: `config.json` and either `model.safetensors` or
@@ -52,16 +52,18 @@ impl SafetensorsReader {
                 what: "the configuration is not a JSON object".to_owned(),
             });
         }
+        let sparse_format = SparseFormat::from_config(&config_path, &config)?;
         let metadata = ModelMetadata::HuggingFace { config, directory: path.to_owned() };
         let mut reader = Self::empty(path, metadata);
+        let mut found = vec![];
         let (single, index_path) = (path.join(SINGLE_NAME), path.join(INDEX_NAME));
         if single.is_file() {
-            reader.add(MappedFile::open(&single)?, |_| Ok(()))?;
+            found = reader.add(MappedFile::open(&single)?, |_| Ok(()))?;
         } else if index_path.is_file() {
             let mut index = ShardIndex::read(&index_path)?;
             for shard in index.shards.clone() {
                 let file = MappedFile::open(&path.join(&shard))?;
-                reader.add(file, |header| index.claim(&index_path, &shard, header))?;
+                found.extend(reader.add(file, |header| index.claim(&index_path, &shard, header))?);
             }
             index.finish(&index_path)?;
         } else {
@@ -70,6 +72,10 @@ impl SafetensorsReader {
                 found: format!("a directory without {SINGLE_NAME} and {INDEX_NAME}"),
             });
         }
+        if let Some(format) = sparse_format {
+            found = compressed_tensors::join(format, &reader.files, found)?;
+        }
+        reader.list(found)?;
         Ok(reader)
     }
 
@@ -79,7 +85,8 @@ impl SafetensorsReader {
     /// [`FormatError`] naming the file, and the tensor if it is one tensor's defect.
     pub fn open_file(file: MappedFile) -> Result<Self> {
         let mut reader = Self::empty(file.path(), ModelMetadata::Bare);
-        reader.add(file, |_| Ok(()))?;
+        let found = reader.add(file, |_| Ok(()))?;
+        reader.list(found)?;
         Ok(reader)
     }
 
@@ -93,27 +100,41 @@ impl SafetensorsReader {
         }
     }
 
-    /// Adds the tensors of one shard after `check` has seen its header.
-    fn add(&mut self, file: MappedFile, check: impl FnOnce(&Header) -> Result<()>) -> Result<()> {
+    /// Adds a file after `check` has seen its header, and returns the tensors in it.
+    fn add(
+        &mut self,
+        file: MappedFile,
+        check: impl FnOnce(&Header) -> Result<()>,
+    ) -> Result<Vec<Found>> {
         let header = Header::parse(file.path(), file.bytes(), file.bytes().len() as u64)?;
         check(&header)?;
-        for Located { info, parts } in declared::logical_tensors(file.path(), &header)? {
-            self.tensors.push(file.path(), info)?;
-            self.places.push(Place { file: self.files.len(), parts });
-        }
+        let number = self.files.len();
+        let located = declared::logical_tensors(file.path(), &header)?;
         self.files.push(file);
+        let found = |Located { info, parts }| Found {
+            info,
+            parts: parts.into_iter().map(|part| (number, part)).collect(),
+        };
+        Ok(located.into_iter().map(found).collect())
+    }
+
+    fn list(&mut self, tensors: Vec<Found>) -> Result<()> {
+        for Found { info, parts } in tensors {
+            let file = parts.first().map_or(0, |(file, _)| *file);
+            self.tensors.push(self.files[file].path(), info)?;
+            self.places.push(parts);
+        }
         Ok(())
     }
 
-    fn place(&self, name: &str) -> Option<(&MappedFile, &[Range<usize>])> {
-        let place = &self.places[self.tensors.position(name)?];
-        Some((&self.files[place.file], &place.parts))
+    fn place(&self, name: &str) -> Option<&Place> {
+        Some(&self.places[self.tensors.position(name)?])
     }
 
     fn for_each_range(&self, names: &[&str], act: impl Fn(&MappedFile, Range<usize>)) {
-        for (file, parts) in names.iter().filter_map(|name| self.place(name)) {
-            for part in parts.iter().filter(|part| !part.is_empty()) {
-                act(file, part.clone());
+        for (file, part) in names.iter().filter_map(|name| self.place(name)).flatten() {
+            if !part.is_empty() {
+                act(&self.files[*file], part.clone());
             }
         }
     }
@@ -137,11 +158,11 @@ impl CheckpointReader for SafetensorsReader {
     }
 
     fn components(&self, name: &str) -> Result<Vec<&[u8]>> {
-        let (file, parts) = self.place(name).ok_or_else(|| FormatError::TensorNotFound {
+        let place = self.place(name).ok_or_else(|| FormatError::TensorNotFound {
             path: self.path.clone(),
             name: name.to_owned(),
         })?;
-        Ok(parts.iter().map(|part| &file.bytes()[part.clone()]).collect())
+        Ok(place.iter().map(|(file, part)| &self.files[*file].bytes()[part.clone()]).collect())
     }
 
     fn prefetch(&self, names: &[&str]) {
