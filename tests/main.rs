@@ -4,6 +4,7 @@
 #![allow(clippy::print_stdout, reason = "tests print what they measure and what they skip")]
 
 mod cli;
+mod foreign;
 mod harness;
 mod layering;
 mod malformed;

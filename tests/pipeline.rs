@@ -31,7 +31,7 @@ use crate::harness::{
 const WINDOWS: usize = 4;
 const WINDOW: usize = 32;
 
-fn recipe(method: Method, sparsity: &str, format: OutputFormat) -> Recipe {
+pub(crate) fn recipe(method: Method, sparsity: &str, format: OutputFormat) -> Recipe {
     let sparsity: Sparsity = sparsity.parse().unwrap();
     let calibrated = method != Method::Magnitude;
     Recipe {
@@ -48,13 +48,13 @@ fn recipe(method: Method, sparsity: &str, format: OutputFormat) -> Recipe {
     }
 }
 
-fn with(mut recipe: Recipe, change: impl FnOnce(&mut PruneRecipe)) -> Recipe {
+pub(crate) fn with(mut recipe: Recipe, change: impl FnOnce(&mut PruneRecipe)) -> Recipe {
     change(recipe.prune.as_mut().unwrap());
     recipe
 }
 
 /// Converts with calibration windows of ids that look random.
-fn run(model: &Path, recipe: &Recipe, out: &Path) -> ConversionPlan {
+pub(crate) fn run(model: &Path, recipe: &Recipe, out: &Path) -> ConversionPlan {
     let source = ModelSource::open(model).unwrap();
     let plan = ConversionPlan::new(&source, recipe).unwrap();
     let vocab = source.config().vocab_size as f32;

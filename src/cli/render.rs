@@ -145,6 +145,7 @@ pub(super) fn converted(
             ratio(totals.pruned_parameters - totals.zeroed, totals.pruned_parameters)
         )?;
     }
+    readers_line(&mut text, plan)?;
     writeln!(text, "  source          {:>10}", bytes(plan.source_bytes))?;
     phases(&mut text, &converted.times, converted.gemm_ceiling, converted.secs)?;
     if let Some((_, peak)) = resident_bytes() {
@@ -233,6 +234,7 @@ pub(super) fn plan(
         None => writeln!(text, "  prune           nothing")?,
     }
     packed_line(&mut text, plan)?;
+    readers_line(&mut text, plan)?;
     let calibration = &plan.recipe.calibration;
     if let Some(file) = &calibration.file {
         let order = match calibration.seed {
@@ -292,6 +294,14 @@ fn packed_line(text: &mut impl Write, plan: &ConversionPlan) -> io::Result<()> {
         )?;
     }
     Ok(())
+}
+
+/// Who reads an output that is not for everyone.
+fn readers_line(text: &mut impl Write, plan: &ConversionPlan) -> io::Result<()> {
+    match plan.format.readers() {
+        Some(readers) => writeln!(text, "  format          {}: {readers}", plan.format.name()),
+        None => Ok(()),
+    }
 }
 
 /// What a checkpoint holds.

@@ -48,10 +48,20 @@ impl Encodings<'_> {
     /// nothing.
     pub(super) fn plan(&self) -> Result<(Vec<OutputTensor>, Option<Scan>)> {
         let mut scan = None;
-        let tensors = self.source.tensors().iter();
+        let tensors = self.source.tensors();
+        let encodings = match self.format {
+            OutputFormat::TorchCutlass | OutputFormat::CompressedTensors => {
+                self.foreign(&mut scan)?
+            }
+            OutputFormat::Safetensors | OutputFormat::Packed => tensors
+                .iter()
+                .map(|tensor| self.encoding(tensor, &mut scan))
+                .collect::<Result<Vec<_>>>()?,
+        };
         let outputs = tensors
-            .map(|tensor| {
-                let encoding = self.encoding(tensor, &mut scan)?;
+            .iter()
+            .zip(encodings)
+            .map(|(tensor, encoding)| {
                 let linear = match tensor.kind {
                     TensorKind::Linear { role, .. } => Some(role),
                     _ => None,
@@ -67,7 +77,7 @@ impl Encodings<'_> {
             })
             .collect::<Result<Vec<_>>>()?;
         let packs = outputs.iter().any(|output| output.encoding.is_packed());
-        if self.format == OutputFormat::Packed && !packs {
+        if self.format != OutputFormat::Safetensors && !packs {
             let why = match self.recipe.prune {
                 Some(_) => {
                     "no pruned layer becomes smaller, since a mask takes a bit of each weight; \
@@ -78,7 +88,10 @@ impl Encodings<'_> {
                      --prune or write --format safetensors"
                 }
             };
-            return Err(PipelineError::Unsupported { format: "packed", why: why.to_owned() });
+            return Err(PipelineError::Unsupported {
+                format: self.format.name(),
+                why: why.to_owned(),
+            });
         }
         Ok((outputs, scan))
     }
@@ -109,7 +122,7 @@ impl Encodings<'_> {
     }
 
     /// Method and sparsity of a tensor that is pruned.
-    fn pruned(&self, tensor: &ModelTensor) -> Option<(Method, Sparsity)> {
+    pub(super) fn pruned(&self, tensor: &ModelTensor) -> Option<(Method, Sparsity)> {
         if let TensorKind::Linear { block, role } = tensor.kind {
             let layers = &self.blocks.get(block)?.layers;
             let layer = layers.iter().find(|layer| layer.role == role)?;
@@ -153,7 +166,7 @@ impl Encodings<'_> {
     /// The element type a tensor is written in: the one asked for, else its own. A GGUF file's types
     /// are mixed (quantized matrices, f32 norms), so all of it becomes bf16. Tensors that are not
     /// float weights keep their type, and 8-bit floats are for the linears only.
-    fn dtype(&self, tensor: &ModelTensor) -> DType {
+    pub(super) fn dtype(&self, tensor: &ModelTensor) -> DType {
         let own = tensor.encoding.value_dtype();
         if !own.is_float_weight() {
             return own;
@@ -169,7 +182,7 @@ impl Encodings<'_> {
     }
 }
 
-fn stored_bytes(tensor: &ModelTensor, encoding: Encoding) -> Result<u64> {
+pub(super) fn stored_bytes(tensor: &ModelTensor, encoding: Encoding) -> Result<u64> {
     let components = encoding.components(&tensor.name, &tensor.shape)?;
     Ok(components.iter().map(|component| component.bytes).sum())
 }

@@ -26,6 +26,9 @@ pub struct Manifest {
     pub recipe: Recipe,
     /// Container of the output.
     pub format: OutputFormat,
+    /// Who reads the format, where that is not everyone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub readers: Option<String>,
     /// Our name of the architecture.
     pub architecture: String,
     /// The files that were read.

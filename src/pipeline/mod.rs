@@ -6,6 +6,7 @@ mod budget;
 mod copy;
 mod encodings;
 mod error;
+mod foreign;
 mod journal;
 mod loader;
 mod manifest;

@@ -7,7 +7,8 @@ use std::{
 };
 
 use sparsepack_formats::{
-    CheckpointWriter, DType, Digest, ModelMetadata, OutputFile, SafetensorsWriter,
+    CheckpointWriter, DType, Digest, Encoding, ModelMetadata, OutputFile, SafetensorsWriter,
+    compressed_tensors::SparseFormat,
 };
 
 use super::{
@@ -97,9 +98,10 @@ pub(super) fn create_writer(
     out: &Path,
 ) -> Result<Box<dyn CheckpointWriter>> {
     Ok(match plan.format {
-        OutputFormat::Safetensors | OutputFormat::Packed => {
-            SafetensorsWriter::create(out, &plan.shards())?
-        }
+        OutputFormat::Safetensors
+        | OutputFormat::Packed
+        | OutputFormat::TorchCutlass
+        | OutputFormat::CompressedTensors => SafetensorsWriter::create(out, &plan.shards())?,
     })
 }
 
@@ -112,9 +114,10 @@ pub(super) fn resume_writer(
     out: &Path,
 ) -> Result<Box<dyn CheckpointWriter>> {
     Ok(match plan.format {
-        OutputFormat::Safetensors | OutputFormat::Packed => {
-            SafetensorsWriter::resume(out, &plan.shards())?
-        }
+        OutputFormat::Safetensors
+        | OutputFormat::Packed
+        | OutputFormat::TorchCutlass
+        | OutputFormat::CompressedTensors => SafetensorsWriter::resume(out, &plan.shards())?,
     })
 }
 
@@ -180,6 +183,7 @@ pub(super) fn complete(
         sparsepack: env!("CARGO_PKG_VERSION").to_owned(),
         recipe: plan.recipe.clone(),
         format: plan.format,
+        readers: plan.format.readers().map(str::to_owned),
         architecture: source.arch().name.clone(),
         source: source_files,
         calibration: outcome.calibration.clone(),
@@ -199,7 +203,8 @@ pub(super) fn complete(
 }
 
 /// The source's configuration, with the element type of the output and a short record of the
-/// pruning under a key of our own (never `quantization_config`, which loaders would interpret).
+/// pruning under a key of our own. `quantization_config`, which loaders interpret, is written where the
+/// format asks for it, and the source's, which was about its own packing, is left out.
 fn output_config(
     source: &ModelSource,
     plan: &ConversionPlan,
@@ -220,6 +225,10 @@ fn output_config(
             if object.contains_key(key) {
                 object.insert(key.to_owned(), name.into());
             }
+        }
+        object.remove("quantization_config");
+        if let Some(quantization) = legacy_quantization_config(source, plan) {
+            object.insert("quantization_config".to_owned(), quantization);
         }
         let earlier = object.get_mut("sparsepack").and_then(|value| value.as_object_mut());
         if let Some(record) = earlier {
@@ -242,6 +251,38 @@ fn output_config(
         }
     }
     Ok(config)
+}
+
+/// What compressed-tensors has to know: the format, and which linears are not in it.
+fn legacy_quantization_config(
+    source: &ModelSource,
+    plan: &ConversionPlan,
+) -> Option<serde_json::Value> {
+    let format = plan.outputs.iter().find_map(|output| match output.encoding {
+        Encoding::CtSparse24Bitmask { .. } => Some(SparseFormat::Sparse24Bitmask),
+        Encoding::CtSparseBitmask { .. } => Some(SparseFormat::SparseBitmask),
+        _ => None,
+    })?;
+    let is_packed = |output: &OutputTensor| output.encoding.is_packed();
+    let dense = plan.outputs.iter().filter(|output| output.linear.is_some() && !is_packed(output));
+    let mut ignore: Vec<String> =
+        dense.filter_map(|output| output.name.strip_suffix(".weight").map(str::to_owned)).collect();
+    // A tied output matrix is a linear too, and is not among the tensors.
+    let head = source.arch().lm_head.weight();
+    if !plan.outputs.iter().any(|output| output.name == head && is_packed(output)) {
+        ignore.extend(head.strip_suffix(".weight").map(str::to_owned));
+    }
+    let (mut zeros, mut all) = (0, 0);
+    for output in &plan.outputs {
+        let elements: u64 = output.shape.iter().map(|&n| n as u64).product();
+        all += elements;
+        zeros += match output.encoding {
+            Encoding::CtSparse24Bitmask { .. } => elements / 2,
+            Encoding::CtSparseBitmask { kept, .. } => elements - kept,
+            _ => 0,
+        };
+    }
+    Some(format.to_config(&ignore, zeros as f64 / all as f64))
 }
 
 /// The type that loaders shall compute in: the linears', or where those are 8-bit floats, which only
@@ -282,7 +323,7 @@ fn component_records(output: &OutputTensor, digests: &[Digest]) -> Result<Vec<Co
         .into_iter()
         .zip(digests)
         .map(|(component, &sha256)| ComponentRecord {
-            name: format!("{}{}", output.name, component.suffix),
+            name: output.encoding.component_name(&output.name, &component),
             dtype: component.dtype,
             bytes: component.bytes,
             sha256,

@@ -98,6 +98,10 @@ fn copy_sidecars(reader: &dyn CheckpointReader, out: &Path) -> Result<()> {
         }
     }
     let mut config = config.clone();
+    if let Some(object) = config.as_object_mut() {
+        // It told how the packed form is read.
+        object.remove("quantization_config");
+    }
     if let Some(record) = config.get_mut("sparsepack").and_then(|value| value.as_object_mut()) {
         record.insert("format".to_owned(), "safetensors".into());
     }

@@ -149,12 +149,43 @@ pub struct OutputRecipe {
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema, clap::ValueEnum,
 )]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum OutputFormat {
     /// Plain Hugging Face directory, zeros stored; loads everywhere.
     Safetensors,
     /// Safetensors shards with sparse layers as kept values and their positions.
     Packed,
+    /// 2:4 layers as the packed values and metadata of PyTorch's CUTLASS semi-structured tensors.
+    TorchCutlass,
+    /// Legacy: sparse layers as compressed-tensors 0.9 to 0.14 stored them; read with transformers 4.57.
+    CompressedTensors,
+}
+
+impl OutputFormat {
+    /// The name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Safetensors => "safetensors",
+            Self::Packed => "packed",
+            Self::TorchCutlass => "torch-cutlass",
+            Self::CompressedTensors => "compressed-tensors",
+        }
+    }
+
+    /// Who reads a format that is not for everyone, in words.
+    pub fn readers(self) -> Option<&'static str> {
+        match self {
+            Self::Safetensors | Self::Packed => None,
+            Self::TorchCutlass => Some(
+                "components for PyTorch's SparseSemiStructuredTensorCUTLASS (checked with torch 2.10); \
+                 no model loader reads them, sparsepack does",
+            ),
+            Self::CompressedTensors => Some(
+                "legacy: read by compressed-tensors 0.9.2 to 0.14.0.1, sparse-24-bitmask also through \
+                 transformers 4.57; later releases of either do not read it, sparsepack does",
+            ),
+        }
+    }
 }
 
 /// Element type of written weights.

@@ -179,8 +179,15 @@ impl Encoding {
         )
     }
 
-    /// Whether a tensor is stored as several components of a safetensors file, and declared there.
+    /// Whether a tensor is stored as several components of a safetensors file.
     pub fn is_packed(self) -> bool {
+        matches!(self, Self::CtSparse24Bitmask { .. } | Self::CtSparseBitmask { .. })
+            || self.is_declared()
+    }
+
+    /// Whether a tensor is packed and the safetensors file says so. Those of compressed-tensors follow
+    /// from `config.json`.
+    pub fn is_declared(self) -> bool {
         matches!(
             self,
             Self::Sparse24 { .. }

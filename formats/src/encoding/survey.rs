@@ -59,6 +59,17 @@ impl Survey {
         }
     }
 
+    /// Whether no aligned group of four columns has more than two elements that are not zero, in the
+    /// rows seen so far.
+    pub fn fits_2of4(&self) -> bool {
+        self.patterns.iter().any(|&(m, most)| m == 4 && most <= 2)
+    }
+
+    /// Elements that are not zero, in the rows seen so far.
+    pub fn kept(&self) -> u64 {
+        self.kept
+    }
+
     /// The encoding in which the rows seen so far, if they are all, take the fewest bytes. Of equal
     /// ones 2:4 is preferred, then the narrowest group; any n:m to a bitmask that is not smaller by
     /// more than 1/64 of the dense size.

@@ -55,7 +55,7 @@ pub(super) fn logical_tensors(path: &Path, header: &Header) -> Result<Vec<Locate
         let invalid =
             |what| FormatError::InvalidTensor { path: path.to_owned(), name: name.clone(), what };
         let Declaration { encoding, shape } = declaration;
-        if !encoding.is_packed() {
+        if !encoding.is_declared() {
             return Err(invalid(format!(
                 "the encoding {encoding} cannot be declared in a safetensors file; expected sparse24, nm, bitmask or torch-cutlass"
             )));

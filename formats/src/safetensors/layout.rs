@@ -150,7 +150,7 @@ fn metadata(
     let declared: serde_json::Map<_, _> = shard
         .tensors
         .iter()
-        .filter(|(_, encoding, _)| encoding.is_packed())
+        .filter(|(_, encoding, _)| encoding.is_declared())
         .map(|(name, encoding, shape)| {
             let declaration = Declaration { encoding: *encoding, shape: shape.clone() };
             (name.clone(), serde_json::json!(declaration))

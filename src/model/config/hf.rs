@@ -150,7 +150,10 @@ impl ModelConfig {
 
 /// Keys of any family that change what a forward pass computes.
 fn refuse_unsupported(keys: &Keys<'_>) -> Result<()> {
-    if keys.get("quantization_config").is_some() {
+    if keys
+        .get("quantization_config")
+        .is_some_and(sparsepack_formats::compressed_tensors::is_quantized)
+    {
         return Err(keys.unsupported("quantization_config", "weights without quantization"));
     }
     let types = keys.get("layer_types").and_then(Value::as_array);
