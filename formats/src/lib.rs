@@ -14,6 +14,7 @@ mod digest;
 mod dtype;
 mod error;
 mod file;
+mod parts;
 mod reader;
 mod tensor;
 mod writer;

@@ -8,33 +8,10 @@ use super::{
     header::{Header, StoredTensor},
     writer::ShardLayout,
 };
-use crate::{Encoding, FormatError, Result};
-
-/// One file laid out.
-#[derive(Debug)]
-pub(super) struct FileLayout {
-    pub(super) name: String,
-    /// Length, JSON and padding.
-    pub(super) header: Vec<u8>,
-    pub(super) bytes: u64,
-    /// Stored tensors in file order.
-    pub(super) stored: Vec<Stored>,
-    /// Logical tensors in the order they were given.
-    pub(super) tensors: Vec<String>,
-}
-
-/// One stored component.
-#[derive(Debug)]
-pub(super) struct Stored {
-    pub(super) name: String,
-    /// Position in [`FileLayout::tensors`].
-    pub(super) tensor: usize,
-    /// Position in [`Encoding::components`].
-    pub(super) component: usize,
-    /// First byte in the file.
-    pub(super) start: u64,
-    pub(super) bytes: u64,
-}
+use crate::{
+    Encoding, FormatError, Result,
+    parts::{FileLayout, Place},
+};
 
 /// Lays out every shard.
 ///
@@ -64,9 +41,11 @@ pub(super) fn lay_out(directory: &Path, shards: &[ShardLayout]) -> Result<Vec<Fi
                 Err(FormatError::DuplicateTensor { path: path.clone(), name: name.to_owned() })
             };
             let file = lay_out_shard(&path, name, shard)?;
-            file.tensors.iter().try_for_each(|name| claim(name))?;
-            let packed = file.stored.iter().filter(|s| s.name != file.tensors[s.tensor]);
-            packed.map(|stored| stored.name.as_str()).try_for_each(claim)?;
+            file.tensors.iter().try_for_each(|(name, _)| claim(name))?;
+            for (name, places) in &file.tensors {
+                let packed = places.iter().filter(|place| place.name != *name);
+                packed.map(|place| place.name.as_str()).try_for_each(&mut claim)?;
+            }
             Ok(file)
         })
         .collect()
@@ -118,19 +97,15 @@ fn lay_out_shard(path: &Path, name: String, shard: &ShardLayout) -> Result<FileL
     let file_bytes = bytes.len() as u64 + end;
     // What the reader would refuse is refused now, in its words.
     declared::logical_tensors(path, &Header::parse(path, &bytes, file_bytes)?)?;
-    let stored = components
-        .into_iter()
-        .zip(header.tensors)
-        .map(|((tensor, component, _), StoredTensor { name, start, end, .. })| Stored {
-            name,
-            tensor,
-            component,
-            start: bytes.len() as u64 + start,
-            bytes: end - start,
-        })
-        .collect();
-    let tensors = shard.tensors.iter().map(|(name, ..)| name.clone()).collect();
-    Ok(FileLayout { name, header: bytes, bytes: file_bytes, stored, tensors })
+    let mut tensors: Vec<(String, Vec<Place>)> =
+        shard.tensors.iter().map(|(name, ..)| (name.clone(), vec![])).collect();
+    let mut places: Vec<_> = components.iter().zip(header.tensors).collect();
+    places.sort_by_key(|((tensor, position, _), _)| (*tensor, *position));
+    for ((tensor, ..), StoredTensor { name, start, end, .. }) in places {
+        let start_in_file = bytes.len() as u64 + start;
+        tensors[*tensor].1.push(Place { name, start: start_in_file, bytes: end - start });
+    }
+    Ok(FileLayout { name, header: bytes, bytes: file_bytes, tensors })
 }
 
 /// The given pairs, `format` as every Hugging Face loader expects it, and the declared encodings.
