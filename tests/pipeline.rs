@@ -43,7 +43,7 @@ pub(crate) fn recipe(method: Method, sparsity: &str, format: OutputFormat) -> Re
             seq_len: WINDOW,
             seed: None,
         },
-        output: OutputRecipe { format: Some(format), dtype: None },
+        output: OutputRecipe { format: Some(format), ..OutputRecipe::default() },
         ..Recipe::default()
     }
 }

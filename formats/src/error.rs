@@ -22,7 +22,7 @@ pub enum FormatError {
     },
     /// Nothing in the path looks like a checkpoint.
     #[error(
-        "{path}: not a checkpoint ({found}); expected a GGUF file, a safetensors file, or a directory with config.json and model.safetensors or model.safetensors.index.json"
+        "{path}: not a checkpoint ({found}); expected a GGUF file, a safetensors file, a directory with config.json and model.safetensors or model.safetensors.index.json, or a directory with one GGUF file"
     )]
     UnknownFormat {
         /// The file or directory.
@@ -157,6 +157,14 @@ pub enum FormatError {
         shard: String,
         /// `does not exist`, `is not a plain file name`, ...
         problem: &'static str,
+    },
+    /// A file is not the part of a split checkpoint that it should be.
+    #[error("{path}: {what}")]
+    BadSplit {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, expected and found.
+        what: String,
     },
     /// A JSON file does not parse.
     #[error("{path}: invalid JSON")]

@@ -29,6 +29,7 @@ pub use dtype::{DType, GgmlType};
 pub use encoding::{Component, Encoder, Encoding, Survey};
 pub use error::{FormatError, Result};
 pub use file::OutputFile;
+pub use gguf::{GgufLayout, GgufWriter};
 pub use reader::{CheckpointReader, MappedFile, ModelMetadata, open};
 pub use safetensors::writer::{SafetensorsWriter, ShardLayout};
 pub use tensor::{TensorIndex, TensorInfo};

@@ -68,13 +68,20 @@ pub trait CheckpointReader: Send + Sync + std::fmt::Debug {
     fn release(&self, names: &[&str]);
 }
 
-/// Opens a checkpoint: a directory with `model.safetensors` or an index, a safetensors file, or a
-/// GGUF file. The content decides, not the extension.
+/// Opens a checkpoint: a directory with `model.safetensors` or an index, a directory with one GGUF
+/// file or the files of one split, a safetensors file, or a GGUF file (of a split, the first). The
+/// content of a file decides, not its extension.
 ///
 /// # Errors
 /// [`FormatError`] naming the file and the defect.
 pub fn open(path: &Path) -> Result<Box<dyn CheckpointReader>> {
     if path.is_dir() {
+        let safetensors = [crate::safetensors::SINGLE_NAME, crate::safetensors::INDEX_NAME];
+        if !safetensors.iter().any(|name| path.join(name).is_file())
+            && let Some(first) = crate::gguf::split::find_in(path)?
+        {
+            return Ok(Box::new(crate::gguf::GgufReader::open(&first)?));
+        }
         return Ok(Box::new(crate::safetensors::SafetensorsReader::open_dir(path)?));
     }
     let file = MappedFile::open(path)?;

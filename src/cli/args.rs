@@ -138,9 +138,16 @@ struct FormatArgs {
     /// Container and encoding [default: safetensors].
     #[arg(long, value_name = "FORMAT")]
     format: Option<OutputFormat>,
-    /// Element type of weights [default: the source's; bf16 for GGUF].
+    /// Type of weights; block types (q8_0, ...) are for GGUF [default: the source's; bf16 from GGUF
+    /// to safetensors].
     #[arg(long, value_name = "TYPE")]
     dtype: Option<WeightDType>,
+    /// Most bytes of tensors in a file [default: 4GiB; no limit for GGUF].
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    shard_size: Option<u64>,
+    /// Accept GGUF block types that move the zeros of pruned layers (q5_k, q4_k, q2_k).
+    #[arg(long)]
+    allow_zero_loss: bool,
 }
 
 impl RecipeArgs {
@@ -168,6 +175,8 @@ impl RecipeArgs {
         }
         recipe.output.format = self.output.format.or(recipe.output.format);
         recipe.output.dtype = self.output.dtype.or(recipe.output.dtype);
+        recipe.output.shard_size = self.output.shard_size.or(recipe.output.shard_size);
+        recipe.output.allow_zero_loss |= self.output.allow_zero_loss;
         Ok(recipe)
     }
 }

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     model::ModelSource,
     pipeline::{
-        ConversionPlan, Converted, Phase, PhaseTimes, Totals, VerifyReport, resident_bytes,
+        ConversionPlan, Converted, Fallback, Manifest, Phase, PhaseTimes, Totals, VerifyReport, resident_bytes,
     },
 };
 
@@ -147,6 +147,8 @@ pub(super) fn converted(
     }
     readers_line(&mut text, plan)?;
     writeln!(text, "  source          {:>10}", bytes(plan.source_bytes))?;
+    fallbacks(&mut text, plan)?;
+    zero_loss(&mut text, &converted.manifest)?;
     phases(&mut text, &converted.times, converted.gemm_ceiling, converted.secs)?;
     if let Some((_, peak)) = resident_bytes() {
         writeln!(
@@ -157,6 +159,43 @@ pub(super) fn converted(
         )?;
     }
     writeln!(text, "  computed on     {}", converted.manifest.device)?;
+    Ok(())
+}
+
+/// Tensors that got another type than the one asked for.
+fn fallbacks(text: &mut impl Write, plan: &ConversionPlan) -> io::Result<()> {
+    for Fallback { tensor, cols, asked, used } in plan.fallbacks.iter().take(MAX_FINDINGS) {
+        let len = asked.block_len();
+        writeln!(
+            text,
+            "  {tensor}: {used} instead of {asked}, for {cols} columns are not blocks of {len}"
+        )?;
+    }
+    let more = plan.fallbacks.len().saturating_sub(MAX_FINDINGS);
+    if more > 0 {
+        writeln!(text, "  ... and {more} more fall back to another type")?;
+    }
+    Ok(())
+}
+
+/// Zeros that a block type turned into small values.
+fn zero_loss(text: &mut impl Write, manifest: &Manifest) -> io::Result<()> {
+    let pruned = manifest.tensors.iter().filter_map(|tensor| tensor.pruned.as_ref());
+    let mut sums = (0, 0, 0);
+    for report in pruned.map(|pruned| &pruned.report) {
+        let Some(left) = report.stored_zeros.filter(|left| *left < report.zeroed) else { continue };
+        sums = (sums.0 + 1, sums.1 + report.zeroed, sums.2 + left);
+    }
+    let (layers, zeroed, left) = sums;
+    if layers > 0 {
+        writeln!(
+            text,
+            "  zeros lost      {layers} layers: of {} zeros {} are stored as zero ({:.2}%)",
+            count(zeroed),
+            count(left),
+            ratio(left, zeroed)
+        )?;
+    }
     Ok(())
 }
 
@@ -249,7 +288,7 @@ pub(super) fn plan(
             file.display()
         )?;
     }
-    let shards = plan.shards().len();
+    let shards = plan.file_count();
     writeln!(
         text,
         "  output          {} in {shards} file{} ({:.1}% of the source's {})",
@@ -258,6 +297,7 @@ pub(super) fn plan(
         ratio(plan.output_bytes, plan.source_bytes),
         bytes(plan.source_bytes)
     )?;
+    fallbacks(&mut text, plan)?;
     let budget = &plan.budget;
     writeln!(
         text,

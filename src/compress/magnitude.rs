@@ -40,6 +40,7 @@ impl<B: Backend> LayerSolver<B> for Magnitude {
                         relative_error: None,
                         damp: None,
                         dead_features: 0,
+                        stored_zeros: None,
                     },
                 })
             })

@@ -54,6 +54,10 @@ pub struct LayerReport {
     pub damp: Option<f64>,
     /// Input features that were zero on every calibration token.
     pub dead_features: usize,
+    /// Zeros of the layer as stored, where it is stored in a type that moves zeros; fewer than
+    /// `zeroed` are a loss.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stored_zeros: Option<u64>,
 }
 
 /// Why a layer could not be solved.

@@ -107,6 +107,7 @@ impl<B: Backend> LayerSolver<B> for SparseGpt {
                         relative_error: Some(if all > 0.0 { lost / all } else { 0.0 }),
                         damp: Some(damp),
                         dead_features: dead.len(),
+                        stored_zeros: None,
                     },
                 })
             })

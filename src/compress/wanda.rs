@@ -54,6 +54,7 @@ impl<B: Backend> LayerSolver<B> for Wanda {
                         relative_error: Some(relative_error),
                         damp: None,
                         dead_features,
+                        stored_zeros: None,
                     },
                 })
             })

@@ -46,6 +46,12 @@ pub enum ModelError {
         /// What would be accepted.
         supported: String,
     },
+    /// GGUF does not have this family of models.
+    #[error("GGUF has no architecture for {architecture}")]
+    NoGguf {
+        /// Class of the model.
+        architecture: String,
+    },
     /// A configuration key is missing.
     #[error("configuration key `{key}` is missing (expected {expected})")]
     MissingKey {

@@ -9,6 +9,7 @@ mod block;
 pub mod config;
 mod embed;
 mod error;
+mod gguf;
 mod roles;
 pub mod rope;
 pub mod source;
@@ -19,6 +20,10 @@ pub use block::{Activations, Block, BlockGeometry, Linears, Norm};
 pub use config::ModelConfig;
 pub use embed::embed;
 pub use error::{ModelError, Result};
+pub use gguf::{GgufSummary, gguf_metadata};
 pub use roles::{CapturePoint, Role, Space};
-pub use source::{LayerNames, ModelSource, ModelTensor, TensorKind};
+pub use source::{
+    GGUF_ROPE_FACTORS, GgufTensor, LayerNames, ModelSource, ModelTensor, TensorKind,
+    from_gguf_rows, to_gguf_rows,
+};
 pub use tokenizer::{Sidecar, SidecarContent, Tokenizer, sidecars};

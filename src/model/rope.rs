@@ -76,6 +76,16 @@ impl RopeConfig {
         f64::from(1.0 / power)
     }
 
+    /// The divisors of the frequencies as a GGUF file stores them; none where all are 1.
+    pub fn gguf_factors(&self, head_dim: usize) -> Option<Vec<f32>> {
+        let scaling = match (&self.factors, &self.scaling) {
+            (Some(factors), _) => return Some(factors.clone()),
+            (None, scaling) => scaling.as_ref()?,
+        };
+        let divisor = |j| scaling.divisor(self.unscaled(j, head_dim)) as f32;
+        Some((0..head_dim / 2).map(divisor).collect())
+    }
+
     /// The setting that gives these divisors, if they are not all 1. The factor is the largest
     /// divisor, and the bounds are the 1 and 4 of every Llama 3 model; a blended divisor then gives
     /// the original context length.

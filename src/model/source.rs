@@ -20,8 +20,8 @@ const LEGACY_BUFFERS: [&str; 3] =
 /// Where 8-bit checkpoints keep the scales of a module's weight.
 const F8_SCALES: [&str; 3] = [".weight_scale", ".weight_scale_inv", ".scale_weight"];
 
-/// Factors of the rotary frequencies in a GGUF file.
-const GGUF_ROPE_FACTORS: &str = "rope_freqs.weight";
+/// Divisors of the rotary frequencies in a GGUF file. Hugging Face files have a setting instead.
+pub const GGUF_ROPE_FACTORS: &str = "rope_freqs.weight";
 
 /// What a tensor is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,8 +84,19 @@ pub struct ModelTensor {
     pub stored_bytes: u64,
     /// What it is for.
     pub kind: TensorKind,
-    /// Heads whose rows a GGUF file stores in the order of ggml's interleaved rope. Such a tensor's
-    /// stored bytes are not those of the Hugging Face tensor.
+    /// Heads whose rows this file stores in the order of ggml's interleaved rope: a GGUF file's q and
+    /// k. Such a tensor's stored bytes are not those of the Hugging Face tensor.
+    pub permuted_heads: Option<usize>,
+    /// What a GGUF file makes of it, where GGUF has this family and this tensor.
+    pub gguf: Option<GgufTensor>,
+}
+
+/// A tensor's place in GGUF files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GgufTensor {
+    /// Name.
+    pub name: String,
+    /// Heads whose rows are in the order of ggml's interleaved rope.
     pub permuted_heads: Option<usize>,
 }
 
@@ -210,6 +221,11 @@ impl ModelSource {
         }
     }
 
+    /// The divisors of the rotary frequencies that a GGUF file of this model holds, if any.
+    pub fn rope_factors(&self) -> Option<Vec<f32>> {
+        self.config.rope.as_ref()?.gguf_factors(self.config.head_dim)
+    }
+
     /// Decodes a tensor to f32, row-major, its rows in Hugging Face order.
     ///
     /// # Errors
@@ -220,13 +236,7 @@ impl ModelSource {
         Ok(match tensor.permuted_heads {
             None => stored,
             Some(heads) => {
-                let (rows, cols) = rows_and_cols(&tensor.shape);
-                let mut out = Vec::with_capacity(stored.len());
-                for row in 0..rows {
-                    let from = stored_row(row, rows, heads) * cols;
-                    out.extend_from_slice(&stored[from..from + cols]);
-                }
-                out
+                from_gguf_rows(&stored, &tensor.shape, heads)
             }
         })
     }
@@ -352,6 +362,43 @@ fn stored_row(row: usize, rows: usize, heads: usize) -> usize {
     head * head_dim + pair * 2 + half
 }
 
+/// The row of a Hugging Face q or k matrix that a GGUF file stores as row `row`: the inverse of
+/// [`stored_row`].
+fn hf_row(row: usize, rows: usize, heads: usize) -> usize {
+    let head_dim = rows / heads;
+    let (head, within) = (row / head_dim, row % head_dim);
+    let (pair, half) = (within / 2, within % 2);
+    head * head_dim + half * (head_dim / 2) + pair
+}
+
+/// The rows `from(0)`, `from(1)`, ... of `values`.
+fn reordered(
+    values: &[f32],
+    rows: usize,
+    cols: usize,
+    from: impl Fn(usize) -> usize,
+) -> Vec<f32> {
+    let mut out = Vec::with_capacity(values.len());
+    for row in 0..rows {
+        let start = from(row) * cols;
+        out.extend_from_slice(&values[start..start + cols]);
+    }
+    out
+}
+
+/// The rows of a q or k tensor of `shape` (or of its bias) in the order of a GGUF file, from
+/// Hugging Face order.
+pub fn to_gguf_rows(values: &[f32], shape: &[usize], heads: usize) -> Vec<f32> {
+    let (rows, cols) = rows_and_cols(shape);
+    reordered(values, rows, cols, |row| hf_row(row, rows, heads))
+}
+
+/// The inverse of [`to_gguf_rows`].
+pub fn from_gguf_rows(values: &[f32], shape: &[usize], heads: usize) -> Vec<f32> {
+    let (rows, cols) = rows_and_cols(shape);
+    reordered(values, rows, cols, |row| stored_row(row, rows, heads))
+}
+
 /// Lists the tensors of a model while checking them against the file.
 struct Listing<'a> {
     reader: &'a dyn CheckpointReader,
@@ -417,7 +464,7 @@ impl Listing<'_> {
         let name = in_block(&linear.name, block);
         let gguf = linear.gguf.as_ref().map(|gguf| in_block(gguf, block));
         let shape = self.config.linear_shape(role);
-        let heads = (self.gguf && linear.gguf_permuted).then_some(match role {
+        let heads = linear.gguf_permuted.then_some(match role {
             Role::QProj => self.config.num_attention_heads,
             _ => self.config.num_key_value_heads,
         });
@@ -439,8 +486,9 @@ impl Listing<'_> {
         kind: TensorKind,
         permuted_heads: Option<usize>,
     ) -> Result<()> {
-        let stored_name = match gguf {
-            Some(gguf) if self.gguf => format!("{gguf}{suffix}"),
+        let gguf = gguf.map(|name| GgufTensor { name: format!("{name}{suffix}"), permuted_heads });
+        let stored_name = match &gguf {
+            Some(gguf) if self.gguf => gguf.name.clone(),
             _ => format!("{module}{suffix}"),
         };
         let path = self.reader.path();
@@ -468,7 +516,9 @@ impl Listing<'_> {
         }
         self.check_no_scales(module, &stored_name, info)?;
         self.used.insert(stored_name);
-        self.tensors.push(model_tensor(format!("{module}{suffix}"), info, kind, permuted_heads));
+        let permuted_heads = permuted_heads.filter(|_| self.gguf);
+        let name = format!("{module}{suffix}");
+        self.tensors.push(ModelTensor { permuted_heads, gguf, ..model_tensor(name, info, kind) });
         Ok(())
     }
 
@@ -515,19 +565,14 @@ impl Listing<'_> {
                     "ignored: tie_word_embeddings is true, so the embeddings are the output matrix"
                 );
             } else {
-                self.tensors.push(model_tensor(name.to_owned(), info, TensorKind::Other, None));
+                self.tensors.push(model_tensor(name.to_owned(), info, TensorKind::Other));
             }
         }
         Ok(())
     }
 }
 
-fn model_tensor(
-    name: String,
-    info: &TensorInfo,
-    kind: TensorKind,
-    permuted_heads: Option<usize>,
-) -> ModelTensor {
+fn model_tensor(name: String, info: &TensorInfo, kind: TensorKind) -> ModelTensor {
     ModelTensor {
         name,
         stored_name: info.name.clone(),
@@ -535,7 +580,8 @@ fn model_tensor(
         encoding: info.encoding,
         stored_bytes: info.stored_bytes,
         kind,
-        permuted_heads,
+        permuted_heads: None,
+        gguf: None,
     }
 }
 
@@ -634,6 +680,38 @@ mod tests {
         }
         let permuted = open("llama-gqa.gguf").tensors().iter().any(|t| t.permuted_heads == Some(2));
         assert!(permuted, "k_proj has two heads in ggml's order");
+    }
+
+    #[test]
+    fn rows_go_to_gguf_order_and_back() {
+        let source = open("llama-gqa.gguf");
+        let name = "model.layers.1.self_attn.k_proj.weight";
+        let tensor = source.tensor(name).unwrap();
+        let stored = source.reader().read_f32(&tensor.stored_name).unwrap();
+        let values = source.read_f32(name).unwrap();
+        assert_ne!(values, stored);
+        assert_eq!(to_gguf_rows(&values, &tensor.shape, 2), stored);
+        assert_eq!(from_gguf_rows(&stored, &tensor.shape, 2), values);
+    }
+
+    #[test]
+    fn a_scaled_model_has_rope_factors_for_gguf() {
+        assert_eq!(open("llama-gqa").rope_factors(), None);
+        let source = open("llama3-rope");
+        let factors = source.rope_factors().unwrap();
+        assert_eq!(factors.len(), source.config().head_dim / 2);
+        let rope = crate::model::rope::RopeConfig {
+            theta: source.config().rope.as_ref().unwrap().theta,
+            scaling: None,
+            factors: Some(factors),
+        };
+        for (stored, set) in rope
+            .frequencies(source.config().head_dim)
+            .iter()
+            .zip(source.config().rope.as_ref().unwrap().frequencies(source.config().head_dim))
+        {
+            assert!((stored / set - 1.0).abs() < 1e-6);
+        }
     }
 
     #[test]

@@ -3,10 +3,19 @@
 use sparsepack_formats::{DType, Encoder, Encoding, encoding};
 
 use super::{error::Result, plan::OutputTensor};
-use crate::model::{ModelError, ModelSource};
+use crate::model::{
+    GGUF_ROPE_FACTORS, ModelError, ModelSource, ModelTensor, hf_row, to_gguf_rows,
+};
 
 /// Bytes of dense rows held at a time. As many pieces as the writer's queue holds may wait beside it.
 const CHUNK_BYTES: usize = 1 << 20;
+
+/// Whether the stored bytes of `tensor` are those of `output` as planned, unless it is pruned.
+pub(super) fn is_stored_so(tensor: &ModelTensor, output: &OutputTensor) -> bool {
+    !tensor.encoding.is_packed()
+        && tensor.encoding == output.encoding
+        && tensor.permuted_heads == output.permuted_heads
+}
 
 /// Hands the bytes of `output`'s components to `write` piece by piece. Float weights are checked to
 /// be finite. Where the source already stores the output's element type, the values are the source's
@@ -20,12 +29,96 @@ pub(super) fn copy_tensor(
     output: &OutputTensor,
     mut write: impl FnMut(usize, Vec<u8>) -> Result<()>,
 ) -> Result<()> {
-    let mut encoder = Encoder::new(output.encoding, &output.name, &output.shape)?;
-    stream_rows(source, &output.name, output.encoding.value_dtype(), |rows| {
+    if let Some(factors) = source.rope_factors().filter(|_| output.name == GGUF_ROPE_FACTORS) {
+        return write(0, encoded(&output.name, DType::F32, &factors)?);
+    }
+    let tensor = source.tensor(&output.name)?;
+    if is_stored_so(tensor, output) {
+        return copy_finite(source, tensor, |bytes| write(0, bytes));
+    }
+    let mut encoder = Encoder::new(output.encoding, output.stored_name(), &output.shape)?;
+    let dtype = output.encoding.value_dtype();
+    let encode = |rows: &[u8]| -> Result<()> {
         let parts = encoder.rows(rows)?;
         parts.into_iter().enumerate().try_for_each(|(part, bytes)| write(part, bytes))
-    })?;
+    };
+    match output.permuted_heads {
+        None => stream_rows(source, &output.name, dtype, encode)?,
+        Some(heads) => stream_gguf_rows(source, tensor, heads, dtype, encode)?,
+    }
     encoder.finish()?.into_iter().enumerate().try_for_each(|(part, bytes)| write(part, bytes))
+}
+
+/// Hands on the stored bytes of a tensor of one component.
+///
+/// # Errors
+/// A tensor that cannot be read; what `write` returns.
+pub(super) fn copy_stored(
+    source: &ModelSource,
+    tensor: &ModelTensor,
+    write: impl FnMut(Vec<u8>) -> Result<()>,
+) -> Result<()> {
+    let parts = source.reader().components(&tensor.stored_name)?;
+    parts[0].chunks(CHUNK_BYTES).map(<[u8]>::to_vec).try_for_each(write)
+}
+
+/// As [`copy_stored`], some rows at a time, each looked at for NaN and infinity first.
+fn copy_finite(
+    source: &ModelSource,
+    tensor: &ModelTensor,
+    mut write: impl FnMut(Vec<u8>) -> Result<()>,
+) -> Result<()> {
+    let matrix = encoding::MatrixShape::of(&tensor.shape);
+    let stored = source.reader().components(&tensor.stored_name)?[0];
+    let float = tensor.encoding.value_dtype().is_float_weight();
+    if !float || tensor.shape.len() < 2 || matrix.rows == 0 {
+        if float {
+            source.check_finite(&tensor.name, &source.read_f32(&tensor.name)?)?;
+        }
+        copy_stored(source, tensor, write)?;
+    } else {
+        let row_bytes = stored.len() / matrix.rows;
+        let rows_at_once = (CHUNK_BYTES / (matrix.cols * size_of::<f32>()).max(1)).max(1);
+        for start in (0..matrix.rows).step_by(rows_at_once) {
+            let rows = start..(start + rows_at_once).min(matrix.rows);
+            let values = source.read_rows_f32(&tensor.name, rows.clone())?;
+            check_finite(source, &tensor.name, start, &values)?;
+            write(stored[rows.start * row_bytes..rows.end * row_bytes].to_vec())?;
+            source.reader().release(&[&tensor.stored_name]);
+        }
+    }
+    source.reader().release(&[&tensor.stored_name]);
+    Ok(())
+}
+
+/// As [`stream_rows`] for a q or k tensor whose rows are shown in the order of a GGUF file.
+fn stream_gguf_rows(
+    source: &ModelSource,
+    tensor: &ModelTensor,
+    heads: usize,
+    dtype: DType,
+    mut show: impl FnMut(&[u8]) -> Result<()>,
+) -> Result<()> {
+    let name = &tensor.name;
+    if tensor.shape.len() < 2 {
+        let values = source.read_f32(name)?;
+        source.check_finite(name, &values)?;
+        return show(&encoded(name, dtype, &to_gguf_rows(&values, &tensor.shape, heads))?);
+    }
+    let matrix = encoding::MatrixShape::of(&tensor.shape);
+    let rows_at_once = (CHUNK_BYTES / (matrix.cols * size_of::<f32>()).max(1)).max(1);
+    for start in (0..matrix.rows).step_by(rows_at_once) {
+        let mut values = Vec::with_capacity(rows_at_once * matrix.cols);
+        for row in start..(start + rows_at_once).min(matrix.rows) {
+            let row = hf_row(row, matrix.rows, heads);
+            let found = source.read_rows_f32(name, row..row + 1)?;
+            check_finite(source, name, row, &found)?;
+            values.extend(found);
+        }
+        show(&encoded(name, dtype, &values)?)?;
+        source.reader().release(&[&tensor.stored_name]);
+    }
+    Ok(())
 }
 
 /// Shows the rows of the tensor `name` in order as little-endian bytes of `dtype`, about a megabyte

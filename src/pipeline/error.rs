@@ -78,6 +78,14 @@ pub enum PipelineError {
         /// What does not fit and what to do.
         why: String,
     },
+    /// Unpacking is for packed safetensors, which it gives back bit for bit.
+    #[error(
+        "{path}: is GGUF, not a packed output; convert it with --format safetensors --dtype f32 for the decoded values"
+    )]
+    NotPacked {
+        /// The directory.
+        path: PathBuf,
+    },
     /// Too many calibration tokens have non-finite activations.
     #[error(
         "block {block}: {bad} of {all} calibration tokens have NaN or infinite activations; the model or the calibration text is broken"

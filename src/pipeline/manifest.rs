@@ -71,6 +71,9 @@ pub struct CalibrationRecord {
 pub struct TensorRecord {
     /// Hugging Face name.
     pub name: String,
+    /// Name in the container, where that is another.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stored_name: Option<String>,
     /// How it is stored.
     #[serde(flatten)]
     pub encoding: Encoding,
@@ -81,6 +84,13 @@ pub struct TensorRecord {
     /// How it was pruned, if it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pruned: Option<PrunedRecord>,
+}
+
+impl TensorRecord {
+    /// Name in the container.
+    pub fn stored_name(&self) -> &str {
+        self.stored_name.as_deref().unwrap_or(&self.name)
+    }
 }
 
 /// One stored piece of a tensor.

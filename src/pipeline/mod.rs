@@ -7,6 +7,7 @@ mod copy;
 mod encodings;
 mod error;
 mod foreign;
+mod gguf;
 mod journal;
 mod loader;
 mod manifest;
@@ -24,6 +25,7 @@ use std::path::Path;
 pub use budget::MemoryBudget;
 pub use encodings::Scan;
 pub use error::{PipelineError, Result};
+pub use gguf::Fallback;
 pub use loader::{LoadedBlock, load_norm};
 pub use manifest::{MANIFEST, Manifest, TensorRecord, Totals};
 pub use plan::{BlockPlan, ConversionPlan, LayerPlan, OutputTensor, TablePlan};
@@ -40,6 +42,7 @@ use crate::{
     backend::{DeviceOptions, dispatch},
     calibration::CalibrationSet,
     model::{ModelSource, sidecars},
+    recipe::OutputFormat,
 };
 
 /// A finished conversion.
@@ -74,7 +77,11 @@ pub fn convert(
 ) -> Result<Converted> {
     let start = std::time::Instant::now();
     // First of all, so that a tokenizer that cannot be written fails now and not at the end.
-    let sidecars = sidecars(source)?;
+    let sidecars = match plan.format {
+        // Tokenizer and configuration are in the file.
+        OutputFormat::Gguf => Vec::new(),
+        _ => sidecars(source)?,
+    };
     output::prepare(out, source.path(), options.resume, plan.output_bytes)?;
     let job = Conversion { source, plan, calibration, out, options, progress };
     // Source digests need the whole input read once; that runs beside the conversion.

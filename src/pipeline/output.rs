@@ -7,8 +7,8 @@ use std::{
 };
 
 use sparsepack_formats::{
-    CheckpointWriter, DType, Digest, Encoding, ModelMetadata, OutputFile, SafetensorsWriter,
-    compressed_tensors::SparseFormat,
+    CheckpointWriter, DType, Digest, Encoding, GgufWriter, ModelMetadata, OutputFile,
+    SafetensorsWriter, compressed_tensors::SparseFormat,
 };
 
 use super::{
@@ -97,11 +97,9 @@ pub(super) fn create_writer(
     plan: &ConversionPlan,
     out: &Path,
 ) -> Result<Box<dyn CheckpointWriter>> {
-    Ok(match plan.format {
-        OutputFormat::Safetensors
-        | OutputFormat::Packed
-        | OutputFormat::TorchCutlass
-        | OutputFormat::CompressedTensors => SafetensorsWriter::create(out, &plan.shards())?,
+    Ok(match plan.gguf_layout() {
+        Some(layout) => GgufWriter::create(out, &layout)?,
+        None => SafetensorsWriter::create(out, &plan.shards())?,
     })
 }
 
@@ -113,11 +111,9 @@ pub(super) fn resume_writer(
     plan: &ConversionPlan,
     out: &Path,
 ) -> Result<Box<dyn CheckpointWriter>> {
-    Ok(match plan.format {
-        OutputFormat::Safetensors
-        | OutputFormat::Packed
-        | OutputFormat::TorchCutlass
-        | OutputFormat::CompressedTensors => SafetensorsWriter::resume(out, &plan.shards())?,
+    Ok(match plan.gguf_layout() {
+        Some(layout) => GgufWriter::resume(out, &layout)?,
+        None => SafetensorsWriter::resume(out, &plan.shards())?,
     })
 }
 
@@ -156,7 +152,8 @@ fn entries(dir: &Path) -> Vec<PathBuf> {
     entries.flatten().map(|entry| entry.path()).collect()
 }
 
-/// Writes tokenizer, generation config and config.json beside the tensors, then the manifest, and
+/// Writes tokenizer, generation config and config.json beside the tensors (but of GGUF, which has
+/// them inside), then the manifest, and
 /// removes the journal: from then on the output is finished.
 ///
 /// # Errors
@@ -192,11 +189,13 @@ pub(super) fn complete(
         totals: Totals::default(),
     };
     let manifest = Manifest { totals: Totals::of(&manifest.tensors), ..manifest };
-    let config = output_config(source, plan, &manifest)?;
     let json = |source| sparsepack_formats::FormatError::Json { path: out.to_owned(), source };
-    let mut config = serde_json::to_vec_pretty(&config).map_err(json)?;
-    config.push(b'\n');
-    OutputFile::write_whole(&out.join("config.json"), &config)?;
+    if plan.format != OutputFormat::Gguf {
+        let config = output_config(source, plan, &manifest)?;
+        let mut config = serde_json::to_vec_pretty(&config).map_err(json)?;
+        config.push(b'\n');
+        OutputFile::write_whole(&out.join("config.json"), &config)?;
+    }
     OutputFile::write_whole(&out.join(MANIFEST), &manifest.to_bytes().map_err(json)?)?;
     OutputFile::sync_directory(out)?;
     Ok((manifest, outcome))
@@ -300,10 +299,11 @@ fn tensor_records(plan: &ConversionPlan, outcome: &Outcome) -> Result<Vec<Tensor
     plan.outputs
         .iter()
         .map(|output| {
-            let digests = outcome.digests.iter().find(|(name, _)| *name == output.name);
+            let digests = outcome.digests.iter().find(|(name, _)| name == output.stored_name());
             let digests: &[Digest] = digests.map_or(&[], |(_, digests)| digests);
             Ok(TensorRecord {
                 name: output.name.clone(),
+                stored_name: output.stored_name.clone(),
                 encoding: output.encoding,
                 shape: output.shape.clone(),
                 components: component_records(output, digests)?,
@@ -323,7 +323,7 @@ fn component_records(output: &OutputTensor, digests: &[Digest]) -> Result<Vec<Co
         .into_iter()
         .zip(digests)
         .map(|(component, &sha256)| ComponentRecord {
-            name: output.encoding.component_name(&output.name, &component),
+            name: output.encoding.component_name(output.stored_name(), &component),
             dtype: component.dtype,
             bytes: component.bytes,
             sha256,

@@ -5,23 +5,27 @@
 use std::collections::BTreeMap;
 
 use serde::Serialize;
-use sparsepack_formats::{Encoding, FormatError, ShardLayout, encoding::MatrixShape};
+use sparsepack_formats::{
+    Encoding, FormatError, GgufLayout, ShardLayout, encoding::MatrixShape,
+};
 
 use super::{
     budget::MemoryBudget,
     encodings::{Encodings, Scan},
     error::{PipelineError, Result},
+    gguf::{Fallback, GgufPlan},
 };
 use crate::{
     calibration::StatKind,
     compress::{Method, SolveError, SolverOptions, Sparsity},
     model::{CapturePoint, ModelSource, Role, TensorKind},
     recipe::{
-        BlockRange, OutputFormat, PruneRecipe, Recipe, RecipeError, Rule, Selector, Sequential,
+        BlockRange, OutputFormat, OutputRecipe, PruneRecipe, Recipe, RecipeError, Rule, Selector,
+        Sequential, WeightDType,
     },
 };
 
-/// A shard is closed before it would grow beyond this; a block is never split.
+/// A shard is closed before it would grow beyond this by default; a block is never split.
 const SHARD_BYTES: u64 = 4 << 30;
 
 /// One linear to prune.
@@ -90,6 +94,9 @@ impl BlockPlan {
 pub struct OutputTensor {
     /// Hugging Face name.
     pub name: String,
+    /// Name in the container, where that is another.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stored_name: Option<String>,
     /// How it is stored.
     #[serde(flatten)]
     pub encoding: Encoding,
@@ -101,6 +108,16 @@ pub struct OutputTensor {
     pub block: Option<usize>,
     /// Its role when it is a linear's weight, which the block loop writes.
     pub linear: Option<Role>,
+    /// Heads whose rows are stored in the order of ggml's interleaved rope.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub permuted_heads: Option<usize>,
+}
+
+impl OutputTensor {
+    /// Name in the container.
+    pub fn stored_name(&self) -> &str {
+        self.stored_name.as_deref().unwrap_or(&self.name)
+    }
 }
 
 /// What a conversion will do.
@@ -130,6 +147,11 @@ pub struct ConversionPlan {
     pub source_bytes: u64,
     /// Floating-point operations of the conversion.
     pub flops: f64,
+    /// Tensors of a GGUF output that get another type than the one asked for.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub fallbacks: Vec<Fallback>,
+    #[serde(skip)]
+    gguf: Option<GgufPlan>,
     #[serde(skip)]
     shard_starts: Vec<usize>,
     #[serde(skip)]
@@ -150,15 +172,23 @@ impl ConversionPlan {
         check_calibration(recipe, needs, config.max_position_embeddings)?;
 
         let format = recipe.output.format.unwrap_or(OutputFormat::Safetensors);
+        check_output(&recipe.output, format)?;
         let prune = recipe.prune.as_ref();
         let solver = prune.map_or_else(SolverOptions::default, |prune| SolverOptions {
             damp: prune.damp,
             column_block: prune.column_block,
         });
-        let (outputs, scan) =
-            Encodings { source, recipe, format, blocks: &blocks, tables: &tables, solver }
-                .plan()?;
-        let shard_starts = plan_shards(&outputs);
+        let (outputs, scan, gguf) = if format == OutputFormat::Gguf {
+            let (outputs, gguf) = super::gguf::plan(source, recipe, &blocks, &tables)?;
+            (outputs, None, Some(gguf))
+        } else {
+            let (blocks, tables) = (&blocks, &tables);
+            let encodings = Encodings { source, recipe, format, blocks, tables, solver };
+            let (outputs, scan) = encodings.plan()?;
+            (outputs, scan, None)
+        };
+        let default = if format == OutputFormat::Gguf { u64::MAX } else { SHARD_BYTES };
+        let shard_starts = plan_shards(&outputs, recipe.output.shard_size.unwrap_or(default));
         let output_bytes = outputs.iter().map(|output| output.bytes).sum();
         let source_bytes = source.tensors().iter().map(|tensor| tensor.stored_bytes).sum();
         let mut resolved = recipe.clone();
@@ -176,6 +206,8 @@ impl ConversionPlan {
             scan,
             output_bytes,
             source_bytes,
+            fallbacks: gguf.as_ref().map_or_else(Vec::new, |gguf| gguf.fallbacks.clone()),
+            gguf,
             shard_starts,
         })
     }
@@ -202,7 +234,17 @@ impl ConversionPlan {
         self.blocks.iter().rposition(|block| block.needs() > StatKind::None)
     }
 
-    /// The shards, each with its tensors in order.
+    /// Files of tensors.
+    pub fn file_count(&self) -> usize {
+        self.shard_starts.len()
+    }
+
+    /// The files of a GGUF output.
+    pub(super) fn gguf_layout(&self) -> Option<GgufLayout> {
+        Some(self.gguf.as_ref()?.layout(&self.outputs, &self.shard_starts))
+    }
+
+    /// The safetensors shards, each with its tensors in order.
     pub fn shards(&self) -> Vec<ShardLayout> {
         let ends = self.shard_starts.iter().skip(1).copied().chain([self.outputs.len()]);
         self.shard_starts
@@ -462,8 +504,30 @@ fn contradiction(what: String) -> PipelineError {
     RecipeError::Contradiction { what }.into()
 }
 
+/// Options of the output that the format does not have.
+fn check_output(output: &OutputRecipe, format: OutputFormat) -> Result<()> {
+    if output.shard_size == Some(0) {
+        return Err(contradiction("a shard size of 0 bytes holds no tensor".into()));
+    }
+    if format == OutputFormat::Gguf {
+        return Ok(());
+    }
+    if output.allow_zero_loss {
+        return Err(contradiction(
+            "--allow-zero-loss is about the block types of GGUF files; give --format gguf".into(),
+        ));
+    }
+    match output.dtype {
+        Some(dtype) if dtype.dense().is_none() => Err(PipelineError::Unsupported {
+            format: format.name(),
+            why: format!("{} is a block type of GGUF files; give --format gguf", dtype.ggml()),
+        }),
+        _ => Ok(()),
+    }
+}
+
 /// First output of every shard. Tensors of one block stay together.
-fn plan_shards(outputs: &[OutputTensor]) -> Vec<usize> {
+fn plan_shards(outputs: &[OutputTensor], limit: u64) -> Vec<usize> {
     let mut starts = vec![0];
     let mut shard_bytes = 0;
     let mut unit_start = 0;
@@ -477,7 +541,7 @@ fn plan_shards(outputs: &[OutputTensor]) -> Vec<usize> {
         };
         let unit = &outputs[unit_start..unit_start + unit_len];
         let unit_bytes: u64 = unit.iter().map(|output| output.bytes).sum();
-        if shard_bytes > 0 && shard_bytes + unit_bytes > SHARD_BYTES {
+        if shard_bytes > 0 && shard_bytes + unit_bytes > limit {
             starts.push(unit_start);
             shard_bytes = 0;
         }

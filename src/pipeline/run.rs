@@ -5,9 +5,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use sparsepack_formats::{Digest, Encoder};
+use sparsepack_formats::{Digest, Encoder, Encoding};
 
 use super::{
+    copy::{copy_stored, is_stored_so},
     error::Result,
     journal::{Finished, Journal, RunIdentity},
     loader::{LoadedBlock, round_to_stored},
@@ -21,7 +22,9 @@ use crate::{
     backend::{Backend, BackendJob, HostData, HostMatrix, SequenceLens},
     calibration::{CalibrationSet, HiddenStates, HostActivations, StatKind, Statistic},
     compress::{Layer, LayerReport, SolveTimes, solver},
-    model::{BlockGeometry, CapturePoint, ModelSource, embed},
+    model::{
+        BlockGeometry, CapturePoint, ModelSource, embed, from_gguf_rows, to_gguf_rows,
+    },
 };
 
 /// Work from which on a run spends a third of a second to measure what its rates are compared with.
@@ -238,27 +241,46 @@ impl<'a, B: Backend> Run<'a, B> {
             progress: job.progress,
         };
         let (packer, unrecorded) = (&mut self.packer, &mut self.unrecorded);
+        let mut stored_zeros = Vec::new();
         let mut finish = |loaded: &mut LoadedBlock<B>, point, times: &mut PhaseTimes| {
             for linear in loaded.linears.iter_mut().filter(|linear| linear.capture == point) {
                 let output = job.plan.output(&linear.tensor)?;
+                let stored = output.stored_name();
+                unrecorded.push(stored.to_owned());
+                let tensor = job.source.tensor(&linear.tensor)?;
+                if is_stored_so(tensor, output) && job.plan.pruned(&output.name).is_none() {
+                    times.time(Phase::Write, || {
+                        copy_stored(job.source, tensor, |bytes| packer.write(stored, 0, bytes))
+                    })?;
+                    continue;
+                }
                 let parts =
                     times.time(Phase::Encode, || encode_matrix(output, &mut linear.weight))?;
+                stored_zeros.extend(zeros_left(output, &linear.weight));
                 times.time(Phase::Write, || {
-                    parts.into_iter().enumerate().try_for_each(|(component, bytes)| {
-                        packer.write(&output.name, component, bytes)
-                    })
+                    parts
+                        .into_iter()
+                        .enumerate()
+                        .try_for_each(|(component, bytes)| packer.write(stored, component, bytes))
                 })?;
-                unrecorded.push(output.name.clone());
             }
             Ok(())
         };
         let calibrated = job.plan.last_calibrated_block().is_some_and(|last| plan.index <= last);
-        if let Some(hidden) = self.hidden.as_mut().filter(|_| calibrated) {
-            return stages.solve_block(plan, loaded, hidden, &mut self.times, finish);
-        }
-        let reports = stages.solve_data_free(plan, loaded, &mut self.times)?;
-        for point in CapturePoint::ALL {
-            finish(loaded, point, &mut self.times)?;
+        let mut reports = if let Some(hidden) = self.hidden.as_mut().filter(|_| calibrated) {
+            stages.solve_block(plan, loaded, hidden, &mut self.times, finish)?
+        } else {
+            let reports = stages.solve_data_free(plan, loaded, &mut self.times)?;
+            for point in CapturePoint::ALL {
+                finish(loaded, point, &mut self.times)?;
+            }
+            reports
+        };
+        for (tensor, zeros) in stored_zeros {
+            let module = tensor.strip_suffix(".weight");
+            if let Some(report) = reports.iter_mut().find(|r| Some(r.layer.as_str()) == module) {
+                report.stored_zeros = Some(zeros);
+            }
         }
         Ok(reports)
     }
@@ -300,17 +322,18 @@ impl<'a, B: Backend> Run<'a, B> {
         let mut nothing = Statistic::new(b, StatKind::None, plan.cols)?;
         let mut spent = SolveTimes::default();
         let solver = solver::<B>(plan.method, self.job.plan.solver_options());
-        for solved in solver.solve(b, vec![layer], &mut nothing, &mut spent)? {
+        for mut solved in solver.solve(b, vec![layer], &mut nothing, &mut spent)? {
             let mut weight = b.download(&solved.weight)?;
             let parts = encode_matrix(output, &mut weight)?;
+            solved.report.stored_zeros = zeros_left(output, &weight).map(|(_, zeros)| zeros);
             for (component, bytes) in parts.into_iter().enumerate() {
-                self.packer.write(&output.name, component, bytes)?;
+                self.packer.write(output.stored_name(), component, bytes)?;
             }
             self.journal.note(std::slice::from_ref(&solved.report));
             self.reports.push(solved.report);
         }
         self.times.charge(Phase::Sweep, spent.sweep_secs, 0.0);
-        self.unrecorded.push(output.name.clone());
+        self.unrecorded.push(output.stored_name().to_owned());
         Ok(())
     }
 
@@ -323,10 +346,10 @@ impl<'a, B: Backend> Run<'a, B> {
         let start = Instant::now();
         let (source, packer) = (self.job.source, &mut self.packer);
         super::copy::copy_tensor(source, output, |component, bytes| {
-            packer.write(&output.name, component, bytes)
+            packer.write(output.stored_name(), component, bytes)
         })?;
         self.times.charge(Phase::Encode, start.elapsed().as_secs_f64(), 0.0);
-        self.unrecorded.push(output.name.clone());
+        self.unrecorded.push(output.stored_name().to_owned());
         Ok(())
     }
 
@@ -406,8 +429,11 @@ impl<'a, B: Backend> Run<'a, B> {
 }
 
 /// Encodes a matrix as planned and leaves in `weight` what is stored, so that the run goes on with
-/// that. Returns the bytes of its components.
+/// that. Returns the bytes of its components. `weight` has its rows in Hugging Face order.
 fn encode_matrix(output: &OutputTensor, weight: &mut [f32]) -> Result<Vec<Vec<u8>>> {
+    if let Some(heads) = output.permuted_heads {
+        weight.copy_from_slice(&to_gguf_rows(weight, &output.shape, heads));
+    }
     let dense = round_to_stored(&output.name, output.encoding.value_dtype(), weight)?;
     let mut encoder = Encoder::new(output.encoding, &output.name, &output.shape)?;
     let mut parts = encoder.rows(&dense)?;
@@ -419,7 +445,17 @@ fn encode_matrix(output: &OutputTensor, weight: &mut [f32]) -> Result<Vec<Vec<u8
         let stored: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
         output.encoding.decode_all_f32(&output.name, &output.shape, &stored, weight)?;
     }
+    if let Some(heads) = output.permuted_heads {
+        weight.copy_from_slice(&from_gguf_rows(weight, &output.shape, heads));
+    }
     Ok(parts)
+}
+
+/// Name and zeros of a matrix as stored, where its encoding moves zeros.
+fn zeros_left(output: &OutputTensor, stored: &[f32]) -> Option<(String, u64)> {
+    let moves = matches!(output.encoding, Encoding::Ggml { ty } if !ty.keeps_zeros());
+    let zeros = || stored.iter().filter(|value| **value == 0.0).count() as u64;
+    moves.then(|| (output.name.clone(), zeros()))
 }
 
 /// Tokens of a window.

@@ -28,6 +28,9 @@ pub fn unpack(packed: &Path, out: &Path) -> Result<u64> {
     // Only outputs of ours have a manifest; it is not needed to decode.
     Manifest::read(packed)?;
     let reader = sparsepack_formats::open(packed)?;
+    if matches!(reader.metadata(), ModelMetadata::Gguf(_)) {
+        return Err(PipelineError::NotPacked { path: packed.to_owned() });
+    }
     let layout = ShardLayout {
         tensors: reader
             .tensors()

@@ -3,13 +3,18 @@
 use std::path::Path;
 
 use serde::Serialize;
-use sparsepack_formats::{CheckpointReader, Digest, FormatError, encoding::MatrixShape};
+use sparsepack_formats::{
+    CheckpointReader, Digest, FormatError, ModelMetadata, encoding::MatrixShape,
+};
 
 use super::{
     error::Result,
     manifest::{Manifest, TensorRecord},
 };
-use crate::compress::Sparsity;
+use crate::{
+    compress::Sparsity,
+    model::{GGUF_ROPE_FACTORS, ModelSource},
+};
 
 /// What to check.
 #[derive(Debug, Clone, Default)]
@@ -51,7 +56,7 @@ pub struct VerifyReport {
 pub fn verify(dir: &Path, against: Option<&Path>, options: &VerifyOptions) -> Result<VerifyReport> {
     let manifest = Manifest::read(dir)?;
     let reader = sparsepack_formats::open(dir)?;
-    let other = against.map(sparsepack_formats::open).transpose()?;
+    let other = against.map(|path| Other::open(dir, path, reader.as_ref())).transpose()?;
     let mut report = VerifyReport {
         tensors: manifest.tensors.len(),
         checked: 0,
@@ -59,7 +64,7 @@ pub fn verify(dir: &Path, against: Option<&Path>, options: &VerifyOptions) -> Re
         compared: 0,
         findings: Vec::new(),
     };
-    let names = |name: &str| manifest.tensors.iter().any(|record| record.name == name);
+    let names = |name: &str| manifest.tensors.iter().any(|record| record.stored_name() == name);
     for info in reader.tensors().iter().filter(|info| !names(&info.name)) {
         report.find(&info.name, "is in the files but not in the manifest".to_owned());
     }
@@ -72,11 +77,11 @@ pub fn verify(dir: &Path, against: Option<&Path>, options: &VerifyOptions) -> Re
         }
         if let Some(other) = &other {
             report.compared += 1;
-            if let Err(what) = compare(&record.name, reader.as_ref(), other.as_ref()) {
+            if let Err(what) = other.compare(record, reader.as_ref()) {
                 report.find(&record.name, what);
             }
         }
-        reader.release(&[&record.name]);
+        reader.release(&[record.stored_name()]);
     }
     Ok(report)
 }
@@ -92,7 +97,7 @@ fn check_tensor(
     reader: &dyn CheckpointReader,
     bytes: &mut u64,
 ) -> std::result::Result<(), String> {
-    let Some(info) = reader.tensors().get(&record.name) else {
+    let Some(info) = reader.tensors().get(record.stored_name()) else {
         return Err("is in the manifest but not in the files".to_owned());
     };
     if info.shape != record.shape || info.encoding != record.encoding {
@@ -102,7 +107,7 @@ fn check_tensor(
         ));
     }
     let text = |error: FormatError| error.to_string();
-    let parts = reader.components(&record.name).map_err(text)?;
+    let parts = reader.components(record.stored_name()).map_err(text)?;
     if parts.len() != record.components.len() {
         let expected = record.components.len();
         return Err(format!("expected {expected} components, found {}", parts.len()));
@@ -118,10 +123,16 @@ fn check_tensor(
         }
     }
     let Some(pruned) = &record.pruned else { return Ok(()) };
-    let values = reader.read_f32(&record.name).map_err(text)?;
+    let values = reader.read_f32(record.stored_name()).map_err(text)?;
     let zeros = values.iter().filter(|&&value| value == 0.0).count() as u64;
-    if zeros < pruned.report.zeroed {
-        return Err(format!("expected at least {} zeros, found {zeros}", pruned.report.zeroed));
+    let stored = pruned.report.stored_zeros;
+    let expected = stored.unwrap_or(pruned.report.zeroed);
+    if zeros < expected {
+        return Err(format!("expected at least {expected} zeros, found {zeros}"));
+    }
+    if stored.is_some_and(|stored| stored < pruned.report.zeroed) {
+        // The manifest says that the pattern was lost.
+        return Ok(());
     }
     if let Sparsity::NofM { n, m } = pruned.sparsity {
         let cols = MatrixShape::of(&record.shape).cols;
@@ -139,22 +150,69 @@ fn check_tensor(
     Ok(())
 }
 
-fn compare(
-    name: &str,
-    reader: &dyn CheckpointReader,
-    other: &dyn CheckpointReader,
+/// What an output is compared with.
+#[derive(Debug)]
+enum Other {
+    /// A container with the same names.
+    Reader(Box<dyn CheckpointReader>),
+    /// One of the two is GGUF and the other is not, so tensors are compared as a model's.
+    Models { ours: Box<ModelSource>, theirs: Box<ModelSource> },
+}
+
+impl Other {
+    fn open(dir: &Path, against: &Path, ours: &dyn CheckpointReader) -> Result<Self> {
+        let gguf = |reader: &dyn CheckpointReader| {
+            matches!(reader.metadata(), ModelMetadata::Gguf(_))
+        };
+        let theirs = sparsepack_formats::open(against)?;
+        if gguf(ours) == gguf(theirs.as_ref()) {
+            return Ok(Self::Reader(theirs));
+        }
+        let ours = Box::new(ModelSource::open(dir)?);
+        Ok(Self::Models { ours, theirs: Box::new(ModelSource::open(against)?) })
+    }
+
+    /// Whether the tensor decodes to the same bits there.
+    fn compare(
+        &self,
+        record: &TensorRecord,
+        reader: &dyn CheckpointReader,
+    ) -> std::result::Result<(), String> {
+        let text = |error: &dyn std::error::Error| error.to_string();
+        let cols = MatrixShape::of(&record.shape).cols.max(1);
+        match self {
+            Self::Reader(other) => {
+                let (name, path) = (record.stored_name(), other.path());
+                if other.tensors().get(name).is_none() {
+                    return Err(format!("is not in {}", path.display()));
+                }
+                let mine = reader.read_f32(name).map_err(|error| text(&error))?;
+                let theirs = other.read_f32(name).map_err(|error| text(&error))?;
+                same_bits(&mine, &theirs, cols, path)
+            }
+            Self::Models { ours, theirs } => {
+                let read = |source: &ModelSource| {
+                    if record.name == GGUF_ROPE_FACTORS {
+                        return Ok(source.rope_factors().unwrap_or_default());
+                    }
+                    source.read_f32(&record.name).map_err(|error| text(&error))
+                };
+                same_bits(&read(ours)?, &read(theirs)?, cols, theirs.path())
+            }
+        }
+    }
+}
+
+fn same_bits(
+    mine: &[f32],
+    theirs: &[f32],
+    cols: usize,
+    path: &Path,
 ) -> std::result::Result<(), String> {
-    let text = |error: FormatError| error.to_string();
-    let Some(info) = other.tensors().get(name) else {
-        return Err(format!("is not in {}", other.path().display()));
-    };
-    let mine = reader.read_f32(name).map_err(text)?;
-    let theirs = other.read_f32(&info.name).map_err(text)?;
     if mine.len() != theirs.len() {
         return Err(format!("has {} values here and {} there", mine.len(), theirs.len()));
     }
-    let cols = MatrixShape::of(&info.shape).cols.max(1);
-    match mine.iter().zip(&theirs).position(|(a, b)| a.to_bits() != b.to_bits()) {
+    match mine.iter().zip(theirs).position(|(a, b)| a.to_bits() != b.to_bits()) {
         None => Ok(()),
         Some(index) => Err(format!(
             "row {}, column {}: {} here, {} in {}",
@@ -162,7 +220,7 @@ fn compare(
             index % cols,
             mine[index],
             theirs[index],
-            other.path().display()
+            path.display()
         )),
     }
 }

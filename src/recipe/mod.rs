@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use sparsepack_formats::{DType, GgmlType};
+
 pub use selector::{BlockRange, ParseSelectorError, Selector};
 
 use crate::compress::{Method, Sparsity};
@@ -140,9 +142,15 @@ pub struct OutputRecipe {
     /// Container and encoding of pruned layers.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub format: Option<OutputFormat>,
-    /// Element type of weights; the source's own where it has one, else bf16.
+    /// Element or block type of weights; the source's own where the container has it, else bf16.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dtype: Option<WeightDType>,
+    /// Most bytes of tensors in a file; 4 GiB by default, and no limit for GGUF.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shard_size: Option<u64>,
+    /// Accept block types that store most zeros of a pruned layer as small values.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub allow_zero_loss: bool,
 }
 
 /// Container and encoding of pruned layers.
@@ -159,6 +167,8 @@ pub enum OutputFormat {
     TorchCutlass,
     /// Legacy: sparse layers as compressed-tensors 0.9 to 0.14 stored them; read with transformers 4.57.
     CompressedTensors,
+    /// One GGUF file (or the files of a split) for llama.cpp and its relatives.
+    Gguf,
 }
 
 impl OutputFormat {
@@ -169,6 +179,7 @@ impl OutputFormat {
             Self::Packed => "packed",
             Self::TorchCutlass => "torch-cutlass",
             Self::CompressedTensors => "compressed-tensors",
+            Self::Gguf => "gguf",
         }
     }
 
@@ -176,6 +187,7 @@ impl OutputFormat {
     pub fn readers(self) -> Option<&'static str> {
         match self {
             Self::Safetensors | Self::Packed => None,
+            Self::Gguf => Some("llama.cpp and what else reads its files"),
             Self::TorchCutlass => Some(
                 "components for PyTorch's SparseSemiStructuredTensorCUTLASS (checked with torch 2.10); \
                  no model loader reads them, sparsepack does",
@@ -188,11 +200,13 @@ impl OutputFormat {
     }
 }
 
-/// Element type of written weights.
+/// Type of written weights: an element type, or a block type of GGUF files.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema, clap::ValueEnum,
 )]
 #[serde(rename_all = "lowercase")]
+#[value(rename_all = "snake")]
+#[expect(non_camel_case_types, reason = "ggml's own spelling")]
 pub enum WeightDType {
     /// bfloat16.
     Bf16,
@@ -205,15 +219,50 @@ pub enum WeightDType {
     #[serde(rename = "f8_e4m3")]
     #[value(name = "f8_e4m3")]
     F8E4m3,
+    /// 8.5 bits a weight; keeps zeros.
+    Q8_0,
+    /// 5.5 bits a weight; keeps zeros.
+    Q5_0,
+    /// 4.5 bits a weight; keeps zeros.
+    Q4_0,
+    /// 6.6 bits a weight; keeps zeros.
+    Q6_K,
+    /// 5.5 bits a weight; moves zeros.
+    Q5_K,
+    /// 4.5 bits a weight; moves zeros.
+    Q4_K,
+    /// 3.4 bits a weight; keeps zeros.
+    Q3_K,
+    /// 2.6 bits a weight; moves zeros.
+    Q2_K,
 }
 
-impl From<WeightDType> for sparsepack_formats::DType {
-    fn from(dtype: WeightDType) -> Self {
-        match dtype {
-            WeightDType::Bf16 => Self::Bf16,
-            WeightDType::F16 => Self::F16,
-            WeightDType::F32 => Self::F32,
-            WeightDType::F8E4m3 => Self::F8E4m3,
+impl WeightDType {
+    /// The element type, unless it is a block type.
+    pub const fn dense(self) -> Option<DType> {
+        match self {
+            Self::Bf16 => Some(DType::Bf16),
+            Self::F16 => Some(DType::F16),
+            Self::F32 => Some(DType::F32),
+            Self::F8E4m3 => Some(DType::F8E4m3),
+            _ => None,
+        }
+    }
+
+    /// The type in a GGUF file.
+    pub const fn ggml(self) -> GgmlType {
+        match self {
+            Self::Bf16 => GgmlType::BF16,
+            Self::F16 => GgmlType::F16,
+            Self::F32 => GgmlType::F32,
+            Self::Q8_0 => GgmlType::Q8_0,
+            Self::Q5_0 => GgmlType::Q5_0,
+            Self::Q4_0 => GgmlType::Q4_0,
+            Self::Q6_K => GgmlType::Q6_K,
+            Self::Q5_K => GgmlType::Q5_K,
+            Self::Q4_K => GgmlType::Q4_K,
+            Self::Q3_K => GgmlType::Q3_K,
+            Self::Q2_K => GgmlType::Q2_K,
         }
     }
 }

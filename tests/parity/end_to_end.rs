@@ -69,7 +69,7 @@ impl Run {
             calibration.seq_len = WINDOW;
         }
         let (format, dtype) = self.output;
-        let output = OutputRecipe { format: Some(format), dtype: Some(dtype) };
+        let output = OutputRecipe { format: Some(format), dtype: Some(dtype), ..OutputRecipe::default() };
         Recipe { prune: Some(prune), calibration, output, rules: Vec::new() }
     }
 

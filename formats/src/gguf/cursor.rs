@@ -27,9 +27,12 @@ impl StringKind {
         length: "the length of a metadata string",
         limit: 1 << 30,
     };
-    /// At most as long as ggml's `GGML_MAX_NAME` less the NUL.
-    pub(super) const TENSOR_NAME: Self =
-        Self { what: "a tensor name", length: "the length of a tensor name", limit: 63 };
+    /// A tensor's name.
+    pub(super) const TENSOR_NAME: Self = Self {
+        what: "a tensor name",
+        length: "the length of a tensor name",
+        limit: super::header::MAX_NAME_BYTES,
+    };
 }
 
 /// A position in the header. Every read either advances within the file or fails without effect.

@@ -15,6 +15,8 @@ const MAX_PAIRS: u64 = 1 << 16;
 const MAX_ARRAY_ELEMENTS: u64 = 1 << 30;
 /// Most dimensions: ggml's `GGML_MAX_DIMS`.
 const MAX_DIMS: u32 = 4;
+/// Most bytes of a tensor's name: ggml's `GGML_MAX_NAME` less the NUL.
+pub(super) const MAX_NAME_BYTES: u64 = 63;
 /// Bytes of the shortest pair: an empty key, a type, a one-byte value.
 const MIN_PAIR_BYTES: u64 = 8 + 4 + 1;
 /// Bytes of the shortest tensor description: an empty name, no dimensions.
@@ -51,7 +53,7 @@ impl Header {
         let tensor_count = cursor.count("the number of tensors", MAX_TENSORS, MIN_TENSOR_BYTES)?;
         let pair_count = cursor.count("the number of metadata pairs", MAX_PAIRS, MIN_PAIR_BYTES)?;
         let metadata = read_metadata(&mut cursor, pair_count)?;
-        let alignment = alignment(&cursor, &metadata)?;
+        let alignment = alignment(path, cursor.offset(), &metadata)?;
         let mut tensors = Vec::with_capacity(tensor_count);
         for _ in 0..tensor_count {
             tensors.push(read_tensor(&mut cursor)?);
@@ -184,18 +186,21 @@ fn unknown_value_type(cursor: &Cursor<'_>, offset: u64, key: &str, found: u32) -
     )
 }
 
-/// The alignment that the metadata names, or the default.
-fn alignment(cursor: &Cursor<'_>, metadata: &GgufMetadata) -> Result<u64> {
+/// The alignment that the metadata, which ends at `offset`, names, or the default.
+pub(super) fn alignment(path: &Path, offset: u64, metadata: &GgufMetadata) -> Result<u64> {
     if metadata.get(ALIGNMENT_KEY).is_none() {
         return Ok(DEFAULT_ALIGNMENT);
     }
     let found = metadata.u64(ALIGNMENT_KEY)?;
     // The specification says a multiple of 8, llama.cpp a power of two, and both say u32.
     if !found.is_power_of_two() || !(8..=1 << 31).contains(&found) {
-        return Err(cursor.invalid(
-            cursor.offset(),
-            format!("`{ALIGNMENT_KEY}`: expected a power of two from 8 to 2^31, found {found}"),
-        ));
+        return Err(FormatError::InvalidHeader {
+            path: path.to_owned(),
+            offset,
+            what: format!(
+                "`{ALIGNMENT_KEY}`: expected a power of two from 8 to 2^31, found {found}"
+            ),
+        });
     }
     Ok(found)
 }

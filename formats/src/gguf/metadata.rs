@@ -223,6 +223,15 @@ impl GgufMetadata {
         None
     }
 
+    /// Removes a pair and returns its value; the others stay in order.
+    pub fn remove(&mut self, key: &str) -> Option<GgufValue> {
+        let position = self.by_key.remove(key)?;
+        for later in self.by_key.values_mut().filter(|later| **later > position) {
+            *later -= 1;
+        }
+        Some(self.pairs.remove(position).1)
+    }
+
     /// Number of pairs.
     pub fn len(&self) -> usize {
         self.pairs.len()
@@ -416,6 +425,16 @@ mod tests {
         assert_eq!(metadata.set("heads", GgufValue::U64(3)), Some(GgufValue::U32(9)));
         assert_eq!(metadata.iter().nth(1), Some(("heads", &GgufValue::U64(3))));
         assert_eq!(metadata.len(), 8);
+    }
+
+    #[test]
+    fn removing_a_key_keeps_the_others_in_order() {
+        let mut metadata = metadata();
+        assert_eq!(metadata.remove("heads"), Some(GgufValue::U32(9)));
+        assert_eq!(metadata.remove("heads"), None);
+        assert_eq!(metadata.iter().nth(1).unwrap().0, "file_type");
+        assert_eq!(metadata.f32s("scores").unwrap(), [0.5]);
+        assert_eq!(metadata.len(), 7);
     }
 
     #[test]

@@ -22,15 +22,24 @@
 
 mod cursor;
 mod header;
+mod layout;
 mod metadata;
 mod reader;
+pub(crate) mod split;
 mod tensor_type;
+mod writer;
 
+pub use layout::GgufLayout;
 pub use metadata::{GgufArray, GgufMetadata, GgufStrings, GgufValue};
 pub use reader::GgufReader;
+pub use split::SPLIT_KEYS;
+pub use writer::GgufWriter;
 
 /// First four bytes of every GGUF file.
 pub const MAGIC: &[u8; 4] = b"GGUF";
+
+/// The version that is written.
+pub const VERSION: u32 = 3;
 
 /// The key of the alignment of the data section and of every tensor in it.
 pub const ALIGNMENT_KEY: &str = "general.alignment";

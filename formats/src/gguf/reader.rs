@@ -1,57 +1,131 @@
 //! Reading tensors out of a mapped GGUF file.
 
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::header::{Header, TensorEntry};
+use super::split::Split;
 use crate::{
     CheckpointReader, DType, Encoding, FormatError, GgmlType, MappedFile, ModelMetadata, Result,
     TensorIndex, TensorInfo,
 };
 
-/// Reads GGUF versions 2 and 3, little endian.
+/// Reads GGUF versions 2 and 3, little endian: one file, or the files of a split.
 #[derive(Debug)]
 pub struct GgufReader {
-    file: MappedFile,
+    /// At least one; the first has the metadata.
+    files: Vec<MappedFile>,
+    path: PathBuf,
     version: u32,
     alignment: u64,
     tensors: TensorIndex,
     metadata: ModelMetadata,
-    /// Where each tensor of the index lies in the file.
-    ranges: Vec<Range<usize>>,
+    /// Where each tensor of the index lies: a file and its bytes.
+    places: Vec<(usize, Range<usize>)>,
 }
 
 impl GgufReader {
-    /// Reads the header and checks that every tensor it describes lies in the file.
+    /// Reads the header and checks that every tensor it describes lies in the file. Of a split,
+    /// `file` is the first; the others are found beside it.
     ///
     /// # Errors
-    /// [`FormatError`], naming the file and the offset, key or tensor that is wrong.
+    /// [`FormatError`], naming the file and the offset, key or tensor that is wrong, or the file of
+    /// a split that is missing or belongs to another.
     pub fn new(file: MappedFile) -> Result<Self> {
         let header = Header::parse(file.path(), file.bytes())?;
-        let mut tensors = TensorIndex::default();
-        let mut ranges = Vec::with_capacity(header.tensors.len());
-        for entry in header.tensors {
+        let split = Split::of(file.path(), &header.metadata)?;
+        let mut reader = Self {
+            path: file.path().to_owned(),
+            files: Vec::new(),
+            version: header.version,
+            alignment: header.alignment,
+            tensors: TensorIndex::default(),
+            metadata: ModelMetadata::Gguf(header.metadata),
+            places: Vec::new(),
+        };
+        let later = match split {
+            Some(split) => split.files(file.path())?.split_off(1),
+            None => Vec::new(),
+        };
+        reader.add(file, header.tensors, header.alignment, header.data_start)?;
+        for (path, no) in later.iter().zip(1..) {
+            reader.add_shard(path, split.map(|split| Split { no, ..split }))?;
+        }
+        if let Some(split) = split.filter(|split| split.tensors != reader.tensors.len() as u64) {
+            return Err(FormatError::BadSplit {
+                path: reader.path,
+                what: format!(
+                    "the files of the split hold {} tensors, but `split.tensors.count` is {}",
+                    reader.tensors.len(),
+                    split.tensors
+                ),
+            });
+        }
+        Ok(reader)
+    }
+
+    /// Opens a GGUF file by path: [`new`](Self::new).
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn open(path: &Path) -> Result<Self> {
+        Self::new(MappedFile::open(path)?)
+    }
+
+    /// Adds a file of a split that should be the one `expected` says.
+    fn add_shard(&mut self, path: &Path, expected: Option<Split>) -> Result<()> {
+        if !path.is_file() {
+            return Err(FormatError::BadSplit {
+                path: path.to_owned(),
+                what: format!("not found; {} is a file of the same split", self.path.display()),
+            });
+        }
+        let file = MappedFile::open(path)?;
+        let header = Header::parse(path, file.bytes())?;
+        let found = Split::of(path, &header.metadata)?;
+        if found != expected {
+            let text = |split: Option<Split>| match split {
+                Some(Split { no, count, tensors }) => {
+                    format!("file {} of {count} of a split with {tensors} tensors", no + 1)
+                }
+                None => "a file by itself".to_owned(),
+            };
+            return Err(FormatError::BadSplit {
+                path: path.to_owned(),
+                what: format!("expected {}, found {}", text(expected), text(found)),
+            });
+        }
+        self.add(file, header.tensors, header.alignment, header.data_start)
+    }
+
+    /// Adds the tensors of a file.
+    fn add(
+        &mut self,
+        file: MappedFile,
+        entries: Vec<TensorEntry>,
+        alignment: u64,
+        data_start: u64,
+    ) -> Result<()> {
+        let mut ranges = Vec::with_capacity(entries.len());
+        for entry in entries {
             let place = Placement {
                 path: file.path(),
                 file_len: file.bytes().len() as u64,
-                alignment: header.alignment,
-                data_start: header.data_start,
+                alignment,
+                data_start,
             };
             let encoding = encoding_of(entry.ty);
             let (range, stored_bytes) = place.range(&entry, encoding)?;
             ranges.push(range);
             let TensorEntry { name, shape, .. } = entry;
-            tensors.push(file.path(), TensorInfo { name, encoding, shape, stored_bytes })?;
+            self.tensors.push(file.path(), TensorInfo { name, encoding, shape, stored_bytes })?;
         }
-        check_overlap(file.path(), &tensors, &ranges)?;
-        Ok(Self {
-            version: header.version,
-            alignment: header.alignment,
-            metadata: ModelMetadata::Gguf(header.metadata),
-            file,
-            tensors,
-            ranges,
-        })
+        let added = self.tensors.iter().skip(self.places.len());
+        check_overlap(file.path(), added, &ranges)?;
+        let number = self.files.len();
+        self.places.extend(ranges.into_iter().map(|range| (number, range)));
+        self.files.push(file);
+        Ok(())
     }
 
     /// The version of the format.
@@ -59,28 +133,33 @@ impl GgufReader {
         self.version
     }
 
-    /// The alignment of tensors in the file.
+    /// The alignment of tensors in the (first) file.
     pub fn alignment(&self) -> u64 {
         self.alignment
     }
 
-    /// The bytes of the file that hold `name`.
+    /// The bytes that hold `name`, of the file that does.
     pub fn byte_range(&self, name: &str) -> Option<Range<usize>> {
-        self.tensors.position(name).map(|position| self.ranges[position].clone())
+        self.place(name).map(|(_, range)| range)
     }
 
-    fn ranges_of(&self, names: &[&str]) -> impl Iterator<Item = Range<usize>> {
-        names.iter().filter_map(|name| self.byte_range(name))
+    fn place(&self, name: &str) -> Option<(&MappedFile, Range<usize>)> {
+        let (file, range) = &self.places[self.tensors.position(name)?];
+        Some((&self.files[*file], range.clone()))
+    }
+
+    fn places_of(&self, names: &[&str]) -> impl Iterator<Item = (&MappedFile, Range<usize>)> {
+        names.iter().filter_map(|name| self.place(name))
     }
 }
 
 impl CheckpointReader for GgufReader {
     fn path(&self) -> &Path {
-        self.file.path()
+        &self.path
     }
 
     fn files(&self) -> Vec<&Path> {
-        vec![self.file.path()]
+        self.files.iter().map(MappedFile::path).collect()
     }
 
     fn tensors(&self) -> &TensorIndex {
@@ -92,19 +171,19 @@ impl CheckpointReader for GgufReader {
     }
 
     fn components(&self, name: &str) -> Result<Vec<&[u8]>> {
-        let range = self.byte_range(name).ok_or_else(|| FormatError::TensorNotFound {
+        let (file, range) = self.place(name).ok_or_else(|| FormatError::TensorNotFound {
             path: self.path().to_owned(),
             name: name.to_owned(),
         })?;
-        Ok(vec![&self.file.bytes()[range]])
+        Ok(vec![&file.bytes()[range]])
     }
 
     fn prefetch(&self, names: &[&str]) {
-        self.ranges_of(names).for_each(|range| self.file.prefetch(range));
+        self.places_of(names).for_each(|(file, range)| file.prefetch(range));
     }
 
     fn release(&self, names: &[&str]) {
-        self.ranges_of(names).for_each(|range| self.file.release(range));
+        self.places_of(names).for_each(|(file, range)| file.release(range));
     }
 }
 
@@ -165,8 +244,12 @@ impl Placement<'_> {
 }
 
 /// No two tensors may share a byte.
-fn check_overlap(path: &Path, tensors: &TensorIndex, ranges: &[Range<usize>]) -> Result<()> {
-    let mut placed: Vec<_> = tensors.iter().map(|info| &info.name).zip(ranges).collect();
+fn check_overlap<'a>(
+    path: &Path,
+    tensors: impl Iterator<Item = &'a TensorInfo>,
+    ranges: &[Range<usize>],
+) -> Result<()> {
+    let mut placed: Vec<_> = tensors.map(|info| &info.name).zip(ranges).collect();
     placed.sort_unstable_by_key(|(_, range)| range.start);
     for pair in placed.windows(2) {
         let [(before, first), (name, second)] = [pair[0], pair[1]];

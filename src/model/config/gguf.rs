@@ -1,4 +1,4 @@
-//! The dimensions of a model by the keys of a GGUF file.
+//! The dimensions of a model by the keys of a GGUF file, in and out.
 
 use sparsepack_formats::TensorIndex;
 use sparsepack_formats::gguf::{GgufMetadata, GgufValue};
@@ -98,6 +98,62 @@ impl ModelConfig {
         };
         config.validate(arch.positions)?;
         Ok(config)
+    }
+}
+
+impl ModelConfig {
+    /// Adds the keys of architecture `arch`, in the order of llama.cpp's converter.
+    ///
+    /// # Errors
+    /// [`ModelError::NoGguf`] for a family that GGUF does not have; [`ModelError::UnsupportedValue`]
+    /// for a setting that GGUF has no key for.
+    pub fn put_gguf(&self, arch: &Architecture, metadata: &mut GgufMetadata) -> Result<()> {
+        let Some(prefix) = &arch.gguf else {
+            return Err(ModelError::NoGguf { architecture: arch.hf_class.clone() });
+        };
+        if self.activation != Activation::Silu {
+            return Err(ModelError::UnsupportedValue {
+                key: arch.keys.activation.clone(),
+                found: format!("{:?}", self.activation).to_lowercase(),
+                supported: "silu, which llama.cpp computes for this architecture".to_owned(),
+            });
+        }
+        let mut put = |key: &str, value: usize| -> Result<()> {
+            let number = u32::try_from(value).map_err(|_| {
+                invalid(&format!("{prefix}.{key}"), &value.to_string(), "a number of 32 bits")
+            })?;
+            metadata.set(&format!("{prefix}.{key}"), GgufValue::U32(number));
+            Ok(())
+        };
+        put("block_count", self.num_hidden_layers)?;
+        put("context_length", self.max_position_embeddings)?;
+        put("embedding_length", self.hidden_size)?;
+        put("feed_forward_length", self.intermediate_size)?;
+        put("attention.head_count", self.num_attention_heads)?;
+        put("attention.head_count_kv", self.num_key_value_heads)?;
+        put("attention.key_length", self.head_dim)?;
+        put("attention.value_length", self.head_dim)?;
+        put("vocab_size", self.vocab_size)?;
+        if let Some(window) = self.sliding_window {
+            put("attention.sliding_window", window)?;
+        }
+        if self.rope.is_some() {
+            put("rope.dimension_count", self.head_dim)?;
+        }
+        let mut put = |key: &str, value: f32| {
+            metadata.set(&format!("{prefix}.{key}"), GgufValue::F32(value));
+        };
+        if let Some(rope) = &self.rope {
+            put("rope.freq_base", rope.theta as f32);
+        }
+        put(
+            match arch.norm {
+                NormKind::Rms => "attention.layer_norm_rms_epsilon",
+                NormKind::Layer => "attention.layer_norm_epsilon",
+            },
+            self.norm_eps,
+        );
+        Ok(())
     }
 }
 

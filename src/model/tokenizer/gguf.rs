@@ -6,100 +6,14 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 use sparsepack_formats::gguf::{GgufMetadata, GgufValue};
 use tokenizers::models::bpe::{BPE, Vocab};
-use tokenizers::pre_tokenizers::PreTokenizerWrapper;
+use tokenizers::AddedToken;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::pre_tokenizers::digits::Digits;
-use tokenizers::pre_tokenizers::sequence::Sequence;
-use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::processors::template::TemplateProcessing;
-use tokenizers::{AddedToken, SplitDelimiterBehavior};
 
-use super::{ModelError, ModelSource, Result, Sidecar, SidecarContent, defect};
-
-/// `tokenizer.ggml.token_type`: a token that only special handling produces.
-const CONTROL: i32 = 3;
-/// `tokenizer.ggml.token_type`: a token that is found in any text before the merges apply.
-const USER_DEFINED: i32 = 4;
-
-/// GPT-2's split into words, which is byte-level BPE's own.
-const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
-/// Llama 3's split: numbers in groups of up to three digits.
-const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-/// Qwen2's split: single digits.
-const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-/// What llama.cpp does when a file names no split.
-const DEFAULT: [&str; 4] = [r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"];
-
-/// How text is split into words before the merges apply, by `tokenizer.ggml.pre`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Pre {
-    /// GPT-2's words.
-    Gpt2,
-    /// Digits by themselves, then GPT-2's words.
-    Digits,
-    /// Llama 3's words; a word that is a token is not merged from its parts.
-    Llama3,
-    /// Qwen2's words.
-    Qwen2,
-    /// llama.cpp's default.
-    Default,
-}
-
-/// llama.cpp's names.
-const PRES: [(&str, Pre); 16] = [
-    ("smollm", Pre::Digits),
-    ("starcoder", Pre::Digits),
-    ("refact", Pre::Digits),
-    ("command-r", Pre::Digits),
-    ("codeshell", Pre::Digits),
-    ("gpt-2", Pre::Gpt2),
-    ("phi-2", Pre::Gpt2),
-    ("olmo", Pre::Gpt2),
-    ("mpt", Pre::Gpt2),
-    ("llama-bpe", Pre::Llama3),
-    ("llama3", Pre::Llama3),
-    ("llama-v3", Pre::Llama3),
-    ("falcon3", Pre::Llama3),
-    ("qwen2", Pre::Qwen2),
-    ("deepseek-r1-qwen", Pre::Qwen2),
-    ("default", Pre::Default),
-];
-
-impl Pre {
-    fn of(metadata: &GgufMetadata) -> Result<Self> {
-        let key = "tokenizer.ggml.pre";
-        if metadata.get(key).is_none() {
-            tracing::warn!(key, "missing: using llama.cpp's default split into words");
-            return Ok(Self::Default);
-        }
-        let found = metadata.str(key)?;
-        let known = PRES.iter().find(|(name, _)| *name == found).map(|(_, pre)| *pre);
-        known.ok_or_else(|| unsupported(key, found, PRES.map(|(name, _)| name).join(", ")))
-    }
-
-    fn pre_tokenizer(self) -> tokenizers::Result<PreTokenizerWrapper> {
-        let split = |pattern: &str| {
-            let pattern = SplitPattern::Regex(pattern.to_owned());
-            Split::new(pattern, SplitDelimiterBehavior::Isolated, false)
-                .map(PreTokenizerWrapper::Split)
-        };
-        let bytes =
-            |use_regex| PreTokenizerWrapper::ByteLevel(ByteLevel::new(false, true, use_regex));
-        let steps = match self {
-            Self::Gpt2 => return Ok(bytes(true)),
-            Self::Digits => vec![PreTokenizerWrapper::Digits(Digits::new(true)), bytes(true)],
-            Self::Llama3 => vec![split(LLAMA3)?, bytes(false)],
-            Self::Qwen2 => vec![split(QWEN2)?, bytes(false)],
-            Self::Default => {
-                let mut steps: Vec<_> =
-                    DEFAULT.into_iter().map(split).collect::<tokenizers::Result<_>>()?;
-                steps.push(bytes(false));
-                steps
-            }
-        };
-        Ok(PreTokenizerWrapper::Sequence(Sequence::new(steps)))
-    }
-}
+use super::pre::Pre;
+use super::{
+    CONTROL, ModelError, ModelSource, Result, Sidecar, SidecarContent, USER_DEFINED, defect,
+};
 
 /// Builds the tokenizer of a GGUF file.
 ///
@@ -109,7 +23,11 @@ impl Pre {
 pub(super) fn build(path: &Path, metadata: &GgufMetadata) -> Result<tokenizers::Tokenizer> {
     let model = metadata.str("tokenizer.ggml.model")?;
     if model != "gpt2" {
-        return Err(unsupported("tokenizer.ggml.model", model, "gpt2".to_owned()));
+        return Err(ModelError::UnsupportedValue {
+            key: "tokenizer.ggml.model".to_owned(),
+            found: model.to_owned(),
+            supported: "gpt2".to_owned(),
+        });
     }
     let pre = Pre::of(metadata)?;
     let tokens = metadata.strings("tokenizer.ggml.tokens")?;
@@ -120,7 +38,7 @@ pub(super) fn build(path: &Path, metadata: &GgufMetadata) -> Result<tokenizers::
     let failed = |error: tokenizers::Error| defect(path, &error);
     let bpe = BPE::builder()
         .vocab_and_merges(vocab, merges.collect::<Result<Vec<_>>>()?)
-        .ignore_merges(pre == Pre::Llama3)
+        .ignore_merges(pre.ignores_merges())
         .build()
         .map_err(failed)?;
     let mut tokenizer = tokenizers::Tokenizer::new(bpe);
@@ -211,10 +129,6 @@ fn split_merge(path: &Path, merge: &str) -> Result<(String, String)> {
         }
     })?;
     Ok((left.to_owned(), right.to_owned()))
-}
-
-fn unsupported(key: &str, found: &str, supported: String) -> ModelError {
-    ModelError::UnsupportedValue { key: key.to_owned(), found: found.to_owned(), supported }
 }
 
 fn bytes(name: &str, content: Vec<u8>) -> Sidecar {

@@ -4,7 +4,9 @@
 //! Text that looks like a special token is text. llama.cpp's ids for a GGUF file (with
 //! `parse_special` off) are the reference.
 
+mod export;
 mod gguf;
+mod pre;
 
 use std::path::{Path, PathBuf};
 
@@ -12,6 +14,13 @@ use sparsepack_formats::ModelMetadata;
 
 use super::error::{ModelError, Result};
 use super::source::ModelSource;
+
+pub(crate) use export::put_tokenizer;
+
+/// `tokenizer.ggml.token_type`: a token that only special handling produces.
+const CONTROL: i32 = 3;
+/// `tokenizer.ggml.token_type`: a token that is found in any text before the merges apply.
+const USER_DEFINED: i32 = 4;
 
 /// File names beside a Hugging Face checkpoint that belong to its tokenizer and generation
 /// settings; `*` stands for any text.
