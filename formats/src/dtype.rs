@@ -179,28 +179,6 @@ impl GgmlType {
         self.row().3
     }
 
-    /// Whether zero is a value of every block, so that zeros are stored exactly.
-    pub fn keeps_zeros(self) -> bool {
-        // Blocks with a minimum beside the scale put zero between two codes.
-        !matches!(self, Self::Q4_1 | Self::Q5_1 | Self::Q2_K | Self::Q4_K | Self::Q5_K)
-    }
-
-    /// The type for rows of `cols` elements when they should be of this one: itself where they are
-    /// whole blocks, else what llama-quantize of llama.cpp takes instead.
-    pub fn fallback(self, cols: usize) -> Self {
-        if cols.is_multiple_of(self.block_len()) {
-            return self;
-        }
-        let smaller = match self {
-            Self::Q2_K | Self::Q3_K => Self::Q4_0,
-            Self::Q4_K => Self::Q5_0,
-            Self::Q5_K => Self::Q5_1,
-            Self::Q6_K => Self::Q8_0,
-            _ => return Self::F16,
-        };
-        if cols.is_multiple_of(smaller.block_len()) { smaller } else { Self::F16 }
-    }
-
     /// Bytes of one quant block.
     pub fn block_bytes(self) -> usize {
         self.row().4

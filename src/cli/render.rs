@@ -162,18 +162,32 @@ pub(super) fn converted(
     Ok(())
 }
 
-/// Tensors that got another type than the one asked for.
+/// Tensors that got another type than the one asked for, those of a kind on one line.
 fn fallbacks(text: &mut impl Write, plan: &ConversionPlan) -> io::Result<()> {
-    for Fallback { tensor, cols, asked, used } in plan.fallbacks.iter().take(MAX_FINDINGS) {
-        let len = asked.block_len();
+    let mut groups: Vec<(&Fallback, usize, Vec<&str>)> = Vec::new();
+    for fallback in &plan.fallbacks {
+        let module = fallback.tensor.trim_end_matches(".weight");
+        let kind = module.rsplit('.').next().unwrap_or(module);
+        let alike = |(first, ..): &&mut (&Fallback, usize, Vec<&str>)| {
+            (first.asked, first.used, first.cols) == (fallback.asked, fallback.used, fallback.cols)
+        };
+        match groups.iter_mut().find(alike) {
+            Some((_, tensors, kinds)) => {
+                *tensors += 1;
+                if !kinds.contains(&kind) {
+                    kinds.push(kind);
+                }
+            }
+            None => groups.push((fallback, 1, vec![kind])),
+        }
+    }
+    for (Fallback { asked, used, cols, .. }, tensors, kinds) in groups {
         writeln!(
             text,
-            "  {tensor}: {used} instead of {asked}, for {cols} columns are not blocks of {len}"
+            "  {used} for {asked}   {tensors} tensors ({}): {cols} columns are not blocks of {}",
+            kinds.join(", "),
+            asked.block_len()
         )?;
-    }
-    let more = plan.fallbacks.len().saturating_sub(MAX_FINDINGS);
-    if more > 0 {
-        writeln!(text, "  ... and {more} more fall back to another type")?;
     }
     Ok(())
 }

@@ -228,6 +228,7 @@ fn file_type(encoding: Encoding) -> u32 {
             GgmlType::Q5_K => 16,
             GgmlType::Q6_K => 18,
             GgmlType::BF16 => 32,
+            GgmlType::MXFP4 => 38,
             GgmlType::F16 => 1,
             _ => 0,
         },

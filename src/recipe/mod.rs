@@ -235,6 +235,8 @@ pub enum WeightDType {
     Q3_K,
     /// 2.6 bits a weight; moves zeros.
     Q2_K,
+    /// 4.25 bits a weight, as floats of 4 bits; keeps zeros.
+    Mxfp4,
 }
 
 impl WeightDType {
@@ -263,6 +265,7 @@ impl WeightDType {
             Self::Q4_K => GgmlType::Q4_K,
             Self::Q3_K => GgmlType::Q3_K,
             Self::Q2_K => GgmlType::Q2_K,
+            Self::Mxfp4 => GgmlType::MXFP4,
         }
     }
 }
