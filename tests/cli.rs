@@ -540,6 +540,12 @@ plan_errors! {
     sparsity_malformed: ["--prune", "magnitude", "--sparsity", "5:4"];
     packed_without_pruning: ["--format", "packed"];
     packed_with_5_percent: ["--prune", "magnitude", "--sparsity", "5%", "--format", "packed"];
+    block_type_in_safetensors: ["--dtype", "q8_0"];
+    zeros_lost: [
+        "--prune", "magnitude", "--sparsity", "2:4", "--format", "gguf", "--dtype", "q5_k"
+    ];
+    zero_loss_without_gguf: ["--allow-zero-loss"];
+    shard_size_of_zero: ["--shard-size", "0"];
     recipe_missing: ["--recipe", "fixtures/no-such-recipe.toml"];
 }
 

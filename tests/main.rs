@@ -5,6 +5,7 @@
 
 mod cli;
 mod foreign;
+mod gguf;
 mod harness;
 mod layering;
 mod malformed;

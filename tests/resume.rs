@@ -14,13 +14,11 @@ use crate::{
 };
 
 /// Slow enough to be caught between two blocks.
-const SLOW: [&str; 14] = [
+const SLOW: [&str; 12] = [
     "--prune",
     "sparsegpt",
     "--sparsity",
     "2:4",
-    "--format",
-    "packed",
     "--samples",
     "64",
     "--seq-len",
@@ -33,8 +31,12 @@ const SLOW: [&str; 14] = [
 const TEXT: &str = "fixtures/text/calibration.txt";
 
 fn slow(model: &Path, out: &Path) -> Command {
+    slow_as(model, out, &["--format", "packed"])
+}
+
+fn slow_as(model: &Path, out: &Path, format: &[&str]) -> Command {
     let often = ["--checkpoint-secs", "0", "--calibration", TEXT];
-    convert(model, out).args(SLOW).args(often)
+    convert(model, out).args(SLOW).args(often).args(format)
 }
 
 fn journal(out: &Path) -> PathBuf {
@@ -96,6 +98,20 @@ fn a_killed_run_goes_on_to_the_same_bytes() {
         assert_eq!(blocks, 4 - done, "blocks after {done} checkpoints\n{}", ran.story());
         assert_same_files(&whole, &out);
     }
+}
+
+#[test]
+fn a_killed_gguf_run_goes_on_to_the_same_bytes() {
+    let dir = Dir::new();
+    let (whole, out) = (dir.join("whole"), dir.join("out"));
+    // Lossy for the pruned layers, with zeros lost, so that reports carry all they can.
+    let format = ["--format", "gguf", "--dtype", "q5_k", "--allow-zero-loss"];
+    let run = |out: &Path| slow_as(&fixture("model"), out, &format);
+    run(&whole).succeeds();
+    kill_at(run(&out), &out, 2);
+    assert!(out.join("model.gguf.part").is_file() && !out.join("model.gguf").exists());
+    run(&out).arg("--resume").succeeds();
+    assert_same_files(&whole, &out);
 }
 
 #[test]
@@ -207,8 +223,13 @@ fn another_arithmetic_is_refused() {
     let dir = Dir::new();
     let out = killed(&dir, 1);
     let other = SLOW.map(|arg| if arg == "f32" { "auto" } else { arg });
-    let command =
-        convert(&fixture("model"), &out).args(other).args(["--calibration", TEXT, "--resume"]);
+    let command = convert(&fixture("model"), &out).args(other).args([
+        "--format",
+        "packed",
+        "--calibration",
+        TEXT,
+        "--resume",
+    ]);
     let ran = command.run();
     // On a machine without bf16 products both are f32.
     if ran.stderr().contains("cannot resume") {

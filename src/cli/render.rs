@@ -16,7 +16,8 @@ use super::{
 use crate::{
     model::ModelSource,
     pipeline::{
-        ConversionPlan, Converted, Fallback, Manifest, Phase, PhaseTimes, Totals, VerifyReport, resident_bytes,
+        ConversionPlan, Converted, Fallback, Manifest, Phase, PhaseTimes, Totals, VerifyReport,
+        resident_bytes,
     },
 };
 

@@ -235,9 +235,7 @@ impl ModelSource {
         let stored = self.reader.read_f32(&tensor.stored_name)?;
         Ok(match tensor.permuted_heads {
             None => stored,
-            Some(heads) => {
-                from_gguf_rows(&stored, &tensor.shape, heads)
-            }
+            Some(heads) => from_gguf_rows(&stored, &tensor.shape, heads),
         })
     }
 
@@ -372,12 +370,7 @@ fn hf_row(row: usize, rows: usize, heads: usize) -> usize {
 }
 
 /// The rows `from(0)`, `from(1)`, ... of `values`.
-fn reordered(
-    values: &[f32],
-    rows: usize,
-    cols: usize,
-    from: impl Fn(usize) -> usize,
-) -> Vec<f32> {
+fn reordered(values: &[f32], rows: usize, cols: usize, from: impl Fn(usize) -> usize) -> Vec<f32> {
     let mut out = Vec::with_capacity(values.len());
     for row in 0..rows {
         let start = from(row) * cols;

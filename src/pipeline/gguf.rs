@@ -2,7 +2,8 @@
 //!
 //! Matrices get the type asked for, all of them alike (what llama.cpp calls pure), or keep their
 //! own. Vectors are F32 from a Hugging Face source and keep their type from a GGUF file. A pruned
-//! matrix never silently gets a type that moves zeros.
+//! matrix never silently gets a type that moves zeros: one pruned in this run, a packed one, and the
+//! linears of a source whose config.json says that sparsepack pruned it.
 
 use serde::Serialize;
 use sparsepack_formats::{
@@ -56,6 +57,10 @@ pub(super) fn plan(
     tables: &[TablePlan],
 ) -> Result<(Vec<OutputTensor>, GgufPlan)> {
     let is_gguf = matches!(source.reader().metadata(), ModelMetadata::Gguf(_));
+    let was_pruned = match source.reader().metadata() {
+        ModelMetadata::HuggingFace { config, .. } => config.get("sparsepack").is_some(),
+        _ => false,
+    };
     let mut outputs = Vec::new();
     let mut fallbacks = Vec::new();
     outputs.extend(rope_factors(source)?);
@@ -70,7 +75,9 @@ pub(super) fn plan(
         let module = tensor.name.strip_suffix(".weight");
         let mut layers = blocks.iter().flat_map(|block| &block.layers);
         let pruned = layers.any(|layer| Some(layer.module.as_str()) == module)
-            || tables.iter().any(|table| Some(table.module.as_str()) == module);
+            || tables.iter().any(|table| Some(table.module.as_str()) == module)
+            || matches!(tensor.encoding, Encoding::Sparse24 { .. })
+            || (was_pruned && matches!(tensor.kind, TensorKind::Linear { .. }));
         let encoding = match matrix_type(tensor) {
             Some(own) => {
                 let ty = choose(tensor, own, pruned, recipe, &mut fallbacks)?;

@@ -22,9 +22,7 @@ use crate::{
     backend::{Backend, BackendJob, HostData, HostMatrix, SequenceLens},
     calibration::{CalibrationSet, HiddenStates, HostActivations, StatKind, Statistic},
     compress::{Layer, LayerReport, SolveTimes, solver},
-    model::{
-        BlockGeometry, CapturePoint, ModelSource, embed, from_gguf_rows, to_gguf_rows,
-    },
+    model::{BlockGeometry, CapturePoint, ModelSource, embed, from_gguf_rows, to_gguf_rows},
 };
 
 /// Work from which on a run spends a third of a second to measure what its rates are compared with.

@@ -161,9 +161,8 @@ enum Other {
 
 impl Other {
     fn open(dir: &Path, against: &Path, ours: &dyn CheckpointReader) -> Result<Self> {
-        let gguf = |reader: &dyn CheckpointReader| {
-            matches!(reader.metadata(), ModelMetadata::Gguf(_))
-        };
+        let gguf =
+            |reader: &dyn CheckpointReader| matches!(reader.metadata(), ModelMetadata::Gguf(_));
         let theirs = sparsepack_formats::open(against)?;
         if gguf(ours) == gguf(theirs.as_ref()) {
             return Ok(Self::Reader(theirs));

@@ -69,7 +69,8 @@ impl Run {
             calibration.seq_len = WINDOW;
         }
         let (format, dtype) = self.output;
-        let output = OutputRecipe { format: Some(format), dtype: Some(dtype), ..OutputRecipe::default() };
+        let output =
+            OutputRecipe { format: Some(format), dtype: Some(dtype), ..OutputRecipe::default() };
         Recipe { prune: Some(prune), calibration, output, rules: Vec::new() }
     }
 

@@ -6,7 +6,9 @@ mod fuzz;
 mod golden;
 mod malformed;
 mod quantize;
+mod split;
 mod valid;
+mod writer;
 
 use std::path::{Path, PathBuf};
 

@@ -118,7 +118,9 @@ impl Files<'_> {
                 )));
             };
             if tokens[slot].as_deref().is_some_and(|before| before != token) {
-                return Err(self.defect(format!("id {slot} is that of `{token}` and another token")));
+                return Err(
+                    self.defect(format!("id {slot} is that of `{token}` and another token"))
+                );
             }
             tokens[slot] = Some(token.to_owned());
             types[slot] = kind;
@@ -194,7 +196,8 @@ impl Files<'_> {
         let inner = processor["processors"].as_array();
         let all = inner.map_or(std::slice::from_ref(processor), Vec::as_slice);
         let template = all.iter().find(|one| one["type"] == "TemplateProcessing");
-        let pieces = template.and_then(|one| one["single"].as_array()).map_or(&[][..], Vec::as_slice);
+        let pieces =
+            template.and_then(|one| one["single"].as_array()).map_or(&[][..], Vec::as_slice);
         let special = |piece: Option<&Value>| {
             pieces.len() > 1 && piece.is_some_and(|piece| piece.get("SpecialToken").is_some())
         };

@@ -5,8 +5,8 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 use sparsepack_formats::gguf::{GgufMetadata, GgufValue};
-use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::AddedToken;
+use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::processors::template::TemplateProcessing;
 

@@ -163,9 +163,7 @@ fn steps(pre_tokenizer: &Value) -> Option<Vec<Step>> {
         "ByteLevel" if flag("add_prefix_space") == Some(false) => {
             vec![Step::Bytes { split: flag("use_regex").unwrap_or(true) }]
         }
-        "Split"
-            if pre_tokenizer["behavior"] == "Isolated" && flag("invert") != Some(true) =>
-        {
+        "Split" if pre_tokenizer["behavior"] == "Isolated" && flag("invert") != Some(true) => {
             vec![Step::Split(pre_tokenizer.pointer("/pattern/Regex")?.as_str()?.to_owned())]
         }
         _ => return None,
