@@ -121,8 +121,9 @@ pub(crate) fn find_in(directory: &Path) -> Result<Option<PathBuf>> {
     };
     let mut names = Vec::new();
     for entry in std::fs::read_dir(directory).map_err(io)? {
-        let entry = entry.map_err(io)?;
-        if let Some(name) = entry.file_name().to_str().filter(|name| name.ends_with(".gguf")) {
+        let path = entry.map_err(io)?.path();
+        let name = path.file_name().and_then(|name| name.to_str());
+        if let Some(name) = name.filter(|_| path.extension().is_some_and(|end| end == "gguf")) {
             names.push(name.to_owned());
         }
     }

@@ -1,0 +1,133 @@
+"""Loads sparsepack's GGUF outputs in llama.cpp, and reads rewritten files with the gguf package.
+
+llama_cpp.py BINARY [MODEL ...]: converts the fixture model (and further Hugging Face models) to
+several types and compares token ids and perplexity with what sparsepack says of the output. The
+perplexity is taken from llama.cpp's next-token log-probabilities, one request a token, over
+windows without overlap in which each token but the first is predicted.
+"""
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from pathlib import Path
+
+import xllamacpp
+from gguf import GGUFReader
+from tokenizers import Tokenizer
+
+FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
+BINARY = sys.argv[1]
+TEXT = FIXTURES / "text/heldout.txt"
+TYPES = ["f32", "f16", "bf16", "q8_0", "q5_0", "q4_0", "mxfp4"]
+WINDOW, WINDOWS = 48, 2
+
+
+def sparsepack(*args):
+    run = subprocess.run([BINARY, "--quiet", *map(str, args)], capture_output=True, text=True)
+    if run.returncode != 0:
+        sys.exit(f"sparsepack {' '.join(map(str, args))}\n{run.stderr}")
+    return run.stdout
+
+
+def check(condition, what):
+    print(("ok    " if condition else "WRONG ") + what)
+    if not condition:
+        sys.exit(1)
+
+
+class LlamaCpp:
+    """A model in a server of llama.cpp."""
+
+    def __init__(self, path, vocabulary):
+        p = xllamacpp.CommonParams()
+        p.model.path = str(path)
+        p.n_ctx, p.warmup, p.n_parallel, p.verbosity, p.fit_params = 256, False, 1, 0, False
+        p.cache_type_k = p.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        p.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        p.cpuparams.n_threads = 1
+        self.server, self.vocabulary = xllamacpp.Server(p), vocabulary
+
+    def request(self, what, body):
+        request = urllib.request.Request(f"{self.server.listening_address}/{what}", json.dumps(body).encode(),
+                                         {"Content-Type": "application/json"})
+        return json.load(urllib.request.urlopen(request))
+
+    def tokenize(self, text):
+        return self.request("tokenize", {"content": text, "add_special": False, "parse_special": False})["tokens"]
+
+    def log_probability(self, prompt, token):
+        """Of `token` after `prompt`; temperature -1 gives the plain softmax of all logits."""
+        body = {"prompt": prompt, "n_predict": 1, "n_probs": self.vocabulary, "temperature": -1.0, "cache_prompt": True}
+        top = self.request("completion", body)["completion_probabilities"][0]["top_logprobs"]
+        return next(entry["logprob"] for entry in top if entry["id"] == token)
+
+    def perplexity(self, ids):
+        total = 0.0
+        for start in range(0, WINDOW * WINDOWS, WINDOW):
+            window = ids[start : start + WINDOW]
+            total -= sum(self.log_probability(window[:n], window[n]) for n in range(1, WINDOW))
+        return math.exp(total / (WINDOWS * (WINDOW - 1)))
+
+
+def converted(work, model):
+    """Every type: the ids of the tokenizer of the source, and the perplexity of sparsepack eval."""
+    config = json.loads((model / "config.json").read_text())
+    text = TEXT.read_bytes().decode()
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True
+    expected = tokenizer.encode(text, add_special_tokens=False).ids
+    for name in TYPES:
+        out = work / f"{model.name}-{name}"
+        sparsepack("convert", model, "-o", out, "--format", "gguf", "--dtype", name)
+        llama = LlamaCpp(out / "model.gguf", config["vocab_size"])
+        ids = llama.tokenize(text)
+        check(ids == expected, f"{model.name} {name}: {len(ids)} token ids in llama.cpp as in tokenizers")
+        theirs = llama.perplexity(ids)
+        report = json.loads(sparsepack("eval", out, "--text", TEXT, "--window", WINDOW,
+                                       "--max-windows", WINDOWS, "--compute", "f32", "--json"))
+        ours = report["perplexity"]
+        check(abs(ours / theirs - 1) < 0.01, f"{model.name} {name}: perplexity {ours:.4f}, {theirs:.4f} in llama.cpp")
+
+
+def fields(reader):
+    """Keys of the file with types and values, in order; not the reader's own counts."""
+    return [(f.name, [t.name for t in f.types], f.contents()) for f in reader.fields.values() if not f.name.startswith("GGUF.")]
+
+
+def rewritten(work, path):
+    """GGUF to GGUF: every key, value, type and byte is kept."""
+    out = work / f"again-{path.stem}"
+    sparsepack("convert", path, "-o", out, "--format", "gguf")
+    before, after = GGUFReader(path), GGUFReader(out / "model.gguf")
+    check(fields(before) == fields(after), f"{path.name}: {len(before.fields)} keys are kept")
+    same = all(
+        (a.name, a.tensor_type, list(a.shape)) == (b.name, b.tensor_type, list(b.shape)) and a.data.tobytes() == b.data.tobytes()
+        for a, b in zip(before.tensors, after.tensors, strict=True)
+    )
+    check(same, f"{path.name}: {len(before.tensors)} tensors are kept")
+
+
+def split(work):
+    """llama.cpp opens a split by its first file."""
+    sparsepack("convert", FIXTURES / "model", "-o", work / "split", "--format", "gguf", "--shard-size", "500kB")
+    files = sorted((work / "split").glob("*.gguf"))
+    llama = LlamaCpp(files[0], 1024)
+    check(len(llama.tokenize("one two")) > 0 and llama.log_probability([1, 2, 3], 4) < 0, f"a split in {len(files)} files loads")
+
+
+def main():
+    with tempfile.TemporaryDirectory() as work:
+        work = Path(work)
+        for model in [FIXTURES / "model", *map(Path, sys.argv[2:])]:
+            converted(work, model)
+        split(work)
+        for path in [*sorted(FIXTURES.glob("tiny/*.gguf")), *sorted((FIXTURES.parent / "target/models").glob("*.gguf"))]:
+            rewritten(work, path)
+    print("llama.cpp loads every type")
+
+
+if __name__ == "__main__":
+    main()
