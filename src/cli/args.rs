@@ -138,8 +138,7 @@ struct FormatArgs {
     /// Container and encoding [default: safetensors].
     #[arg(long, value_name = "FORMAT")]
     format: Option<OutputFormat>,
-    /// Type of weights; block types (q8_0, ...) are for GGUF [default: the source's; bf16 from GGUF
-    /// to safetensors].
+    /// Type of weights, block types for GGUF only [default: the source's, else bf16].
     #[arg(long, value_name = "TYPE")]
     dtype: Option<WeightDType>,
     /// Most bytes of tensors in a file [default: 4GiB; no limit for GGUF].
