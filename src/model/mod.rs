@@ -12,6 +12,7 @@ mod error;
 mod gguf;
 mod roles;
 pub mod rope;
+mod row_order;
 pub mod source;
 pub mod tokenizer;
 
@@ -22,8 +23,6 @@ pub use embed::embed;
 pub use error::{ModelError, Result};
 pub use gguf::{GgufSummary, gguf_metadata};
 pub use roles::{CapturePoint, Role, Space};
-pub use source::{
-    GGUF_ROPE_FACTORS, GgufTensor, LayerNames, ModelSource, ModelTensor, TensorKind,
-    from_gguf_rows, to_gguf_rows,
-};
+pub use row_order::{from_gguf_rows, to_gguf_rows};
+pub use source::{GGUF_ROPE_FACTORS, GgufTensor, LayerNames, ModelSource, ModelTensor, TensorKind};
 pub use tokenizer::{Sidecar, SidecarContent, Tokenizer, sidecars};

@@ -12,6 +12,7 @@ use super::arch::{Architecture, LinearSpec, NormSpec, Positions, TableSpec, in_b
 use super::config::ModelConfig;
 use super::error::{ModelError, Result};
 use super::roles::{CapturePoint, Role};
+use super::row_order::{from_gguf_rows, stored_row};
 
 /// Buffers that older checkpoints carry and no model reads.
 const LEGACY_BUFFERS: [&str; 3] =
@@ -341,57 +342,6 @@ fn norm_names(norm: &NormSpec, block: usize) -> LayerNames {
     LayerNames { weight: norm.weight(block), bias: norm.bias(block) }
 }
 
-/// A weight's rows and columns; a bias has one column.
-fn rows_and_cols(shape: &[usize]) -> (usize, usize) {
-    if let [rows] = shape {
-        return (*rows, 1);
-    }
-    let matrix = MatrixShape::of(shape);
-    (matrix.rows, matrix.cols)
-}
-
-/// Where a GGUF file stores row `row` of a Hugging Face q or k matrix. ggml's rope rotates
-/// neighbouring rows of a head, Hugging Face's the two halves: `[2, head_dim/2]` became
-/// `[head_dim/2, 2]` in every head.
-fn stored_row(row: usize, rows: usize, heads: usize) -> usize {
-    let head_dim = rows / heads;
-    let (head, within) = (row / head_dim, row % head_dim);
-    let (half, pair) = (within / (head_dim / 2), within % (head_dim / 2));
-    head * head_dim + pair * 2 + half
-}
-
-/// The row of a Hugging Face q or k matrix that a GGUF file stores as row `row`: the inverse of
-/// [`stored_row`].
-fn hf_row(row: usize, rows: usize, heads: usize) -> usize {
-    let head_dim = rows / heads;
-    let (head, within) = (row / head_dim, row % head_dim);
-    let (pair, half) = (within / 2, within % 2);
-    head * head_dim + half * (head_dim / 2) + pair
-}
-
-/// The rows `from(0)`, `from(1)`, ... of `values`.
-fn reordered(values: &[f32], rows: usize, cols: usize, from: impl Fn(usize) -> usize) -> Vec<f32> {
-    let mut out = Vec::with_capacity(values.len());
-    for row in 0..rows {
-        let start = from(row) * cols;
-        out.extend_from_slice(&values[start..start + cols]);
-    }
-    out
-}
-
-/// The rows of a q or k tensor of `shape` (or of its bias) in the order of a GGUF file, from
-/// Hugging Face order.
-pub fn to_gguf_rows(values: &[f32], shape: &[usize], heads: usize) -> Vec<f32> {
-    let (rows, cols) = rows_and_cols(shape);
-    reordered(values, rows, cols, |row| hf_row(row, rows, heads))
-}
-
-/// The inverse of [`to_gguf_rows`].
-pub fn from_gguf_rows(values: &[f32], shape: &[usize], heads: usize) -> Vec<f32> {
-    let (rows, cols) = rows_and_cols(shape);
-    reordered(values, rows, cols, |row| stored_row(row, rows, heads))
-}
-
 /// Lists the tensors of a model while checking them against the file.
 struct Listing<'a> {
     reader: &'a dyn CheckpointReader,
@@ -673,18 +623,6 @@ mod tests {
         }
         let permuted = open("llama-gqa.gguf").tensors().iter().any(|t| t.permuted_heads == Some(2));
         assert!(permuted, "k_proj has two heads in ggml's order");
-    }
-
-    #[test]
-    fn rows_go_to_gguf_order_and_back() {
-        let source = open("llama-gqa.gguf");
-        let name = "model.layers.1.self_attn.k_proj.weight";
-        let tensor = source.tensor(name).unwrap();
-        let stored = source.reader().read_f32(&tensor.stored_name).unwrap();
-        let values = source.read_f32(name).unwrap();
-        assert_ne!(values, stored);
-        assert_eq!(to_gguf_rows(&values, &tensor.shape, 2), stored);
-        assert_eq!(from_gguf_rows(&stored, &tensor.shape, 2), values);
     }
 
     #[test]
