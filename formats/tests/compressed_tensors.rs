@@ -77,7 +77,10 @@ fn dense(reader: &dyn CheckpointReader, name: &str) -> Result<Vec<u8>> {
     Ok(out)
 }
 
-const CASES: [(SparseFormat, fn() -> Vec<Stored>); 2] =
+/// A format and what stores the same weight in it.
+type Case = (SparseFormat, fn() -> Vec<Stored>);
+
+const CASES: [Case; 2] =
     [(SparseFormat::Sparse24Bitmask, sparse24), (SparseFormat::SparseBitmask, bitmask)];
 
 #[test]

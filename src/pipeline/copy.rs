@@ -3,9 +3,7 @@
 use sparsepack_formats::{DType, Encoder, Encoding, encoding};
 
 use super::{error::Result, plan::OutputTensor};
-use crate::model::{
-    GGUF_ROPE_FACTORS, ModelError, ModelSource, ModelTensor, hf_row, to_gguf_rows,
-};
+use crate::model::{GGUF_ROPE_FACTORS, ModelError, ModelSource, ModelTensor, hf_row, to_gguf_rows};
 
 /// Bytes of dense rows held at a time. As many pieces as the writer's queue holds may wait beside it.
 const CHUNK_BYTES: usize = 1 << 20;

@@ -5,9 +5,7 @@
 use std::collections::BTreeMap;
 
 use serde::Serialize;
-use sparsepack_formats::{
-    Encoding, FormatError, GgufLayout, ShardLayout, encoding::MatrixShape,
-};
+use sparsepack_formats::{Encoding, FormatError, GgufLayout, ShardLayout, encoding::MatrixShape};
 
 use super::{
     budget::MemoryBudget,

@@ -172,7 +172,7 @@ impl Codec<'_> {
         for row in rows {
             let bits = &bitmask[row * stride..][..stride];
             if !mask::is_padded(bits, self.matrix.cols) {
-                return Err(self.refuse(".bitmask", row, "an unused mask bit is not 0".to_owned()));
+                return Err(self.refuse(".bitmask", row, "an unused mask bit is not 0"));
             }
             let count = mask::count(bits);
             let (start, end) = (offset(row), offset(row + 1));
@@ -186,7 +186,7 @@ impl Codec<'_> {
                 return Err(self.refuse(
                     ".row_offsets",
                     row,
-                    format!(
+                    &format!(
                         "bitmask count not matching values ({count} bits are set, the values are {start} to {end} of {})",
                         self.kept
                     ),
@@ -197,7 +197,7 @@ impl Codec<'_> {
         Ok(())
     }
 
-    fn refuse(&self, suffix: &str, row: usize, what: String) -> FormatError {
+    fn refuse(&self, suffix: &str, row: usize, what: &str) -> FormatError {
         FormatError::Encoding {
             name: component_name(self.name, suffix),
             what: format!("row {row}: {what}"),

@@ -151,13 +151,13 @@ fn spread_row<const N: usize>(values: &[u8], mask: &[u8], dense: &mut [u8]) {
     let (elements, _) = dense.as_chunks_mut::<N>();
     let (groups, rest) = elements.as_chunks_mut::<GROUP>();
     let mut at = 0;
-    let next = |at: usize| match values[at..].split_first_chunk::<GROUP>() {
-        Some((slots, _)) => *slots,
-        None => {
-            let mut slots = [[0; N]; GROUP];
-            slots[..values.len() - at].copy_from_slice(&values[at..]);
-            slots
+    let next = |at: usize| {
+        if let Some((slots, _)) = values[at..].split_first_chunk::<GROUP>() {
+            return *slots;
         }
+        let mut slots = [[0; N]; GROUP];
+        slots[..values.len() - at].copy_from_slice(&values[at..]);
+        slots
     };
     for (group, &byte) in groups.iter_mut().zip(mask) {
         let (slots, ranks) = (next(at), &RANKS[usize::from(byte)]);

@@ -62,7 +62,7 @@ pub enum Encoding {
         /// Room for values; a matrix may have fewer that are not zero, not more.
         kept: u64,
     },
-    /// 2:4 sparse as PyTorch's CUTLASS semi-structured tensors hold it.
+    /// 2:4 sparse as `PyTorch`'s CUTLASS semi-structured tensors hold it.
     ///
     /// Components of a matrix `[R, C]`: `.packed [R, C/2]`, kept values in ascending column; `.meta`,
     /// I16 `[R, C/16]` for 16-bit values and I32 `[R, C/32]` for I8, words of nibbles as in

@@ -360,7 +360,7 @@ impl Groups {
         } else if self.pattern.m == 16 {
             let (groups, _) = mask.as_chunks::<2>();
             let counts = groups.iter().map(|group| u16::from_le_bytes(*group).count_ones());
-            exact = counts.fold(exact, |exact, count| exact & (count == n));
+            exact &= counts.fold(0, |flaws, count| flaws | (count ^ n)) == 0;
             rest = cols;
         }
         self.of(mask, rest..cols).fold(exact, |exact, (_, bits)| exact & (bits.count_ones() == n))

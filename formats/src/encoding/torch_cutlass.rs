@@ -1,4 +1,4 @@
-//! 2:4 sparse matrices as PyTorch's CUTLASS semi-structured tensors hold them
+//! 2:4 sparse matrices as `PyTorch`'s CUTLASS semi-structured tensors hold them
 //! (`torch.sparse.SparseSemiStructuredTensorCUTLASS`, attributes `packed` and `meta`; checked against
 //! torch 2.10).
 //!
