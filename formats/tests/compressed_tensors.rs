@@ -168,7 +168,7 @@ fn components_that_do_not_belong_together_are_refused_and_named() {
         );
     }
     assert_eq!(
-        refusal(SparseBitmask, &sparse24()),
+        refusal(SparseBitmask, &without(bitmask(), 3)),
         tensor("m.weight", "its component `m.row_offsets` is missing")
     );
     assert_eq!(
