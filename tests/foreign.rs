@@ -132,7 +132,7 @@ fn a_finished_2_of_4_model_is_repacked_and_plain_again() {
     run(&fixture("model"), &recipe(Method::Magnitude, "2:4", OutputFormat::Safetensors), &plain);
     for format in FOREIGN {
         let repack = Recipe {
-            output: OutputRecipe { format: Some(format), dtype: None },
+            output: OutputRecipe { format: Some(format), ..OutputRecipe::default() },
             ..Recipe::default()
         };
         let (out, again) = (dir.join("out"), dir.join("again"));
@@ -210,7 +210,7 @@ fn what_a_format_cannot_hold_is_refused_before_anything_is_written() {
             )
         );
         let nothing = Recipe {
-            output: OutputRecipe { format: Some(format), dtype: None },
+            output: OutputRecipe { format: Some(format), ..OutputRecipe::default() },
             ..Recipe::default()
         };
         assert_eq!(

@@ -225,6 +225,20 @@ fn rope_factors_survive_every_way() {
 }
 
 #[test]
+fn eight_bit_floats_become_bf16_exactly() {
+    let dir = Dir::new();
+    let (f8, out) = (dir.join("f8"), dir.join("out"));
+    convert_command(&fixture("model"), &f8).args(["--dtype", "f8_e4m3"]).succeeds();
+    run(&f8, &gguf(None), &out);
+    assert_same_values(&out, &f8);
+    let source = ModelSource::open(&out).unwrap();
+    let q = source.tensor("model.layers.0.self_attn.q_proj.weight").unwrap();
+    assert_eq!(q.encoding, Encoding::Dense { dtype: DType::Bf16 });
+    let error = plan_error(&fixture("model"), &gguf(Some(WeightDType::F8E4m3)));
+    assert_eq!(error, "--format gguf cannot hold this: GGUF has no type f8_e4m3");
+}
+
+#[test]
 fn pruned_rows_stand_where_gguf_wants_them() {
     let dir = Dir::new();
     let model = with_tokenizer(&dir, "llama-gqa");

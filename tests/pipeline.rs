@@ -338,7 +338,7 @@ fn packed_and_plain_outputs_hold_the_same_bits() {
 
 fn repack() -> Recipe {
     Recipe {
-        output: OutputRecipe { format: Some(OutputFormat::Packed), dtype: None },
+        output: OutputRecipe { format: Some(OutputFormat::Packed), ..OutputRecipe::default() },
         ..Recipe::default()
     }
 }

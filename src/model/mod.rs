@@ -23,6 +23,7 @@ pub use embed::embed;
 pub use error::{ModelError, Result};
 pub use gguf::{GgufSummary, gguf_metadata};
 pub use roles::{CapturePoint, Role, Space};
+pub(crate) use row_order::hf_row;
 pub use row_order::{from_gguf_rows, to_gguf_rows};
 pub use source::{GGUF_ROPE_FACTORS, GgufTensor, LayerNames, ModelSource, ModelTensor, TensorKind};
 pub use tokenizer::{Sidecar, SidecarContent, Tokenizer, sidecars};

@@ -22,7 +22,7 @@ pub(super) fn stored_row(row: usize, rows: usize, heads: usize) -> usize {
 
 /// The row of a Hugging Face q or k matrix that a GGUF file stores as row `row`: the inverse of
 /// [`stored_row`].
-fn hf_row(row: usize, rows: usize, heads: usize) -> usize {
+pub(crate) fn hf_row(row: usize, rows: usize, heads: usize) -> usize {
     let head_dim = rows / heads;
     let (head, within) = (row / head_dim, row % head_dim);
     let (pair, half) = (within / 2, within % 2);

@@ -12,7 +12,7 @@ use super::{
 use crate::{
     compress::{Method, SolverOptions, Sparsity},
     model::{ModelSource, ModelTensor, TensorKind},
-    recipe::{OutputFormat, Recipe},
+    recipe::{OutputFormat, Recipe, WeightDType},
 };
 
 /// What was read of the source to plan a repack.
@@ -24,7 +24,7 @@ pub struct Scan {
     pub bytes: u64,
 }
 
-/// Chooses encodings for the outputs of a plan.
+/// Chooses encodings for the outputs of a plan in safetensors.
 pub(super) struct Encodings<'a> {
     /// The model.
     pub source: &'a ModelSource,
@@ -53,7 +53,7 @@ impl Encodings<'_> {
             OutputFormat::TorchCutlass | OutputFormat::CompressedTensors => {
                 self.foreign(&mut scan)?
             }
-            OutputFormat::Safetensors | OutputFormat::Packed => tensors
+            _ => tensors
                 .iter()
                 .map(|tensor| self.encoding(tensor, &mut scan))
                 .collect::<Result<Vec<_>>>()?,
@@ -68,11 +68,13 @@ impl Encodings<'_> {
                 };
                 Ok(OutputTensor {
                     name: tensor.name.clone(),
+                    stored_name: None,
                     encoding,
                     shape: tensor.shape.clone(),
                     bytes: stored_bytes(tensor, encoding)?,
                     block: tensor.kind.block(),
                     linear,
+                    permuted_heads: None,
                 })
             })
             .collect::<Result<Vec<_>>>()?;
@@ -172,7 +174,7 @@ impl Encodings<'_> {
             return own;
         }
         let linear = matches!(tensor.kind, TensorKind::Linear { .. });
-        let asked = self.recipe.output.dtype.map(DType::from);
+        let asked = self.recipe.output.dtype.and_then(WeightDType::dense);
         let gguf = matches!(self.source.reader().metadata(), ModelMetadata::Gguf(_));
         asked.filter(|&dtype| linear || dtype != DType::F8E4m3).unwrap_or(if gguf {
             DType::Bf16

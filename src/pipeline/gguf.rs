@@ -76,7 +76,7 @@ pub(super) fn plan(
         let mut layers = blocks.iter().flat_map(|block| &block.layers);
         let pruned = layers.any(|layer| Some(layer.module.as_str()) == module)
             || tables.iter().any(|table| Some(table.module.as_str()) == module)
-            || matches!(tensor.encoding, Encoding::Sparse24 { .. })
+            || tensor.encoding.is_packed()
             || (was_pruned && matches!(tensor.kind, TensorKind::Linear { .. }));
         let encoding = match matrix_type(tensor) {
             Some(own) => {
@@ -159,7 +159,8 @@ fn matrix_type(tensor: &ModelTensor) -> Option<GgmlType> {
     Some(match (tensor.encoding, tensor.encoding.value_dtype()) {
         (Encoding::Ggml { ty }, _) => ty,
         (_, DType::F16) => GgmlType::F16,
-        (_, DType::Bf16) => GgmlType::BF16,
+        // GGUF has no 8-bit float; BF16 holds each of its values.
+        (_, DType::Bf16 | DType::F8E4m3) => GgmlType::BF16,
         _ => GgmlType::F32,
     })
 }
@@ -173,7 +174,7 @@ fn choose(
     fallbacks: &mut Vec<Fallback>,
 ) -> Result<GgmlType> {
     let asked = match recipe.output.dtype {
-        Some(dtype) => dtype.ggml(),
+        Some(dtype) => dtype.ggml().ok_or_else(|| refuse("GGUF has no type f8_e4m3".to_owned()))?,
         None if pruned && !own.keeps_zeros() => SPARSE_TYPE,
         None => own,
     };

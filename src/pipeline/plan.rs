@@ -515,12 +515,13 @@ fn check_output(output: &OutputRecipe, format: OutputFormat) -> Result<()> {
             "--allow-zero-loss is about the block types of GGUF files; give --format gguf".into(),
         ));
     }
-    match output.dtype {
-        Some(dtype) if dtype.dense().is_none() => Err(PipelineError::Unsupported {
+    let block_type = output.dtype.filter(|dtype| dtype.dense().is_none());
+    match block_type.and_then(WeightDType::ggml) {
+        Some(ty) => Err(PipelineError::Unsupported {
             format: format.name(),
-            why: format!("{} is a block type of GGUF files; give --format gguf", dtype.ggml()),
+            why: format!("{ty} is a block type of GGUF files; give --format gguf"),
         }),
-        _ => Ok(()),
+        None => Ok(()),
     }
 }
 

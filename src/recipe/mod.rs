@@ -251,9 +251,10 @@ impl WeightDType {
         }
     }
 
-    /// The type in a GGUF file.
-    pub const fn ggml(self) -> GgmlType {
-        match self {
+    /// The type in a GGUF file, if it has it.
+    pub const fn ggml(self) -> Option<GgmlType> {
+        Some(match self {
+            Self::F8E4m3 => return None,
             Self::Bf16 => GgmlType::BF16,
             Self::F16 => GgmlType::F16,
             Self::F32 => GgmlType::F32,
@@ -266,7 +267,7 @@ impl WeightDType {
             Self::Q3_K => GgmlType::Q3_K,
             Self::Q2_K => GgmlType::Q2_K,
             Self::Mxfp4 => GgmlType::MXFP4,
-        }
+        })
     }
 }
 
