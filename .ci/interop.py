@@ -1,18 +1,22 @@
-"""Opens sparsepack's outputs with the readers they are for: safetensors and transformers.
+"""Opens sparsepack's outputs with the readers they are for: safetensors, transformers, zstandard.
 
 interop.py BINARY: converts the fixture model and tiny models, loads the results in stock
 transformers and compares values, logits, token ids and perplexity with what sparsepack says. Packed
 outputs are also decoded here, from docs/FORMATS.md alone.
 """
 
+import hashlib
 import json
 import math
+import struct
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import numpy
 import torch
+import zstandard
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -157,6 +161,53 @@ def gguf_models(work):
         check(error < 1e-5, f"{name}.gguf: logits within {error:.1e} in transformers")
 
 
+def container_tensors(path):
+    """Reads model.spz by docs/FORMATS.md: name and bytes of each component."""
+    data = path.read_bytes()
+    assert data[:8] == b"\x5a\x2a\x4d\x18\x10\0\0\0" and data[8:24] == b"SPARSEPK\x01" + bytes(7)
+    length, magic = struct.unpack("<Q8s", data[-16:])
+    index, digest = data[-48 - length : -48], data[-48:-16]
+    assert magic == b"SPARSEPK" and hashlib.sha256(index).digest() == digest
+    index = json.loads(index)
+    for tensor in index["tensors"]:
+        width = {"BF16": 2, "F16": 2, "F32": 4}[tensor["dtype"]]
+        left = width * math.prod(tensor["shape"])
+        raw = []
+        for chunk in tensor["components"][0]["chunks"]:
+            count = min(left, index["chunk_bytes"]) // width
+            left -= count * width
+            position, planes = chunk["offset"], []
+            for frame in chunk["frames"]:
+                plane = zstandard.ZstdDecompressor().decompress(data[position : position + frame])
+                planes.append(numpy.frombuffer(plane, numpy.uint8))
+                position += frame
+            kept = numpy.ones(count, bool)
+            if chunk["mask"]:
+                kept = numpy.unpackbits(planes.pop(0), count=count, bitorder="little").astype(bool)
+            rotated = sum(p.astype(numpy.uint64) << (8 * (width - 1 - i)) for i, p in enumerate(planes))
+            values = numpy.zeros(count, numpy.uint64)
+            values[kept] = (rotated >> 1) | ((rotated & 1) << (8 * width - 1))
+            raw.append(values.astype(f"<u{width}").tobytes())
+        raw = b"".join(raw)
+        assert hashlib.sha256(raw).hexdigest() == tensor["components"][0]["sha256"]
+        yield tensor["name"], raw
+
+
+def compressed(work):
+    """model.spz read with zstandard and numpy alone: the bytes of the plain directory."""
+    for args in (["--prune", "magnitude", "--sparsity", "50%"], ["--dtype", "f32"]):
+        plain, zst = work / f"plain{len(args)}", work / f"zst{len(args)}"
+        sparsepack("convert", FIXTURES / "model", "-o", plain, *args)
+        sparsepack("convert", FIXTURES / "model", "-o", zst, "--format", "zst", *args)
+        expected = {k: v.view(torch.uint8).numpy().tobytes() for k, v in tensors(plain).items()}
+        check(dict(container_tensors(zst / "model.spz")) == expected,
+              f"zst {' '.join(args)}: {len(expected)} tensors equal byte for byte")
+        stream = zstandard.ZstdDecompressor().stream_reader(
+            (zst / "model.spz").read_bytes(), read_across_frames=True)
+        check(sum(len(piece) for piece in iter(lambda: stream.read(1 << 20), b"")) > 0,
+              "the whole file is a zstd stream")
+
+
 def real_model(work):
     """SmolLM2 from its GGUF: the tokenizer that is written gives llama.cpp's token ids."""
     source = FIXTURES.parent / "target/models/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -179,6 +230,7 @@ def main():
         fixture_model(work)
         packed_models(work)
         gguf_models(work)
+        compressed(work)
         real_model(work)
     print("all outputs load in their readers")
 

@@ -509,6 +509,8 @@ macro_rules! plan_errors {
 
 plan_errors! {
     prune_without_sparsity: ["--prune", "wanda"];
+    level_of_what_is_not_compressed: ["--level", "3"];
+    level_out_of_range: ["--format", "zst", "--level", "20"];
     sparsity_without_prune: ["--sparsity", "2:4"];
     sequential_without_prune: ["--sequential", "block"];
     targets_without_prune: ["--targets", "down_proj"];
@@ -560,6 +562,7 @@ recipe_errors! {
     recipe_unknown_section: "[pruning]\nmethod = 'wanda'\n";
     recipe_unknown_method: "[prune]\nmethod = 'obc'\nsparsity = '2:4'\n";
     recipe_bad_damp: "[prune]\nmethod = 'magnitude'\nsparsity = '2:4'\ndamp = 0.0\n";
+    recipe_bad_level: "[output]\nformat = 'zst'\nlevel = 0\n";
     recipe_bad_column_block: "[prune]\nmethod = 'magnitude'\nsparsity = '2:4'\ncolumn_block = 0\n";
     recipe_rule_without_prune: "[[rule]]\ntargets = ['down_proj']\ndense = true\n";
     recipe_rule_matches_nothing:

@@ -14,3 +14,4 @@ mod parity;
 mod pipeline;
 mod quality;
 mod resume;
+mod zst;

@@ -69,6 +69,7 @@ fn kill_at(command: Command, out: &Path, count: usize) {
     child.wait().unwrap();
     assert!(!out.join("manifest.json").exists());
     assert!(!out.join("model.safetensors").exists());
+    assert!(!out.join("model.spz").exists());
 }
 
 /// A run of the fixture model, killed after `count` checkpoints.
@@ -127,6 +128,64 @@ fn a_run_killed_again_and_again_goes_on() {
     }
     slow(&fixture("model"), &out).arg("--resume").succeeds();
     assert_same_files(&uninterrupted(&dir), &out);
+}
+
+#[test]
+fn a_killed_compressed_run_goes_on_to_the_same_bytes() {
+    let dir = Dir::new();
+    let whole = dir.join("whole");
+    slow_as(&fixture("model"), &whole, &["--format", "zst"]).succeeds();
+    for count in 1..=3 {
+        let out = dir.join(&format!("killed-{count}"));
+        kill_at(slow_as(&fixture("model"), &out, &["--format", "zst"]), &out, count);
+        // What a crash leaves behind the last whole frame.
+        let part = out.join("model.spz.part");
+        let mut bytes = fs::read(&part).unwrap();
+        match count {
+            1 => bytes.extend([0x28, 0xb5, 0x2f, 0xfd, 0x24]),
+            2 => bytes.resize(bytes.len() + 4096, 0),
+            _ => {}
+        }
+        fs::write(&part, bytes).unwrap();
+        let resume = || slow_as(&fixture("model"), &out, &["--format", "zst"]).arg("--resume");
+        if count == 1 {
+            kill_at(resume(), &out, lines(&out) + 1);
+        }
+        let done = lines(&out);
+        let ran = resume().succeeds();
+        let blocks = ran.stderr().matches("block done").count();
+        assert_eq!(blocks, 4 - done, "blocks after {done} checkpoints\n{}", ran.story());
+        assert_same_files(&whole, &out);
+    }
+}
+
+#[test]
+fn a_compressed_run_killed_after_its_last_tensor_goes_on() {
+    let dir = Dir::new();
+    let whole = dir.join("whole");
+    slow_as(&fixture("model"), &whole, &["--format", "zst"]).succeeds();
+    let out = dir.join("out");
+    kill_at(slow_as(&fixture("model"), &out, &["--format", "zst"]), &out, 3);
+    // As if the file had been finished and renamed, and the manifest not.
+    fs::remove_file(out.join("model.spz.part")).unwrap();
+    fs::copy(whole.join("model.spz"), out.join("model.spz")).unwrap();
+    slow_as(&fixture("model"), &out, &["--format", "zst"]).arg("--resume").succeeds();
+    assert_same_files(&whole, &out);
+}
+
+#[test]
+fn damaged_compressed_output_is_refused() {
+    let dir = Dir::new();
+    let out = dir.join("out");
+    kill_at(slow_as(&fixture("model"), &out, &["--format", "zst"]), &out, 1);
+    let part = out.join("model.spz.part");
+    let mut bytes = fs::read(&part).unwrap();
+    // In the embedding, which comes first.
+    bytes[20_000] ^= 1;
+    fs::write(&part, bytes).unwrap();
+    let command = slow_as(&fixture("model"), &out, &["--format", "zst"]).arg("--resume");
+    let told = ["model.spz.part: tensor `model.embed_tokens.weight`: the frame at offset 24"];
+    refused(command, &out, 1, &told);
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::{
 
 use crate::{FormatError, Result};
 
-/// A file of known size being written as `NAME.part`.
+/// A file being written as `NAME.part`.
 #[derive(Debug)]
 pub struct OutputFile {
     file: File,
@@ -71,12 +71,40 @@ impl OutputFile {
         Ok(output)
     }
 
+    /// Opens the part that an interrupted run left, of whatever size. A finished file that the run had
+    /// already renamed becomes the part again.
+    ///
+    /// # Errors
+    /// [`FormatError::Io`].
+    pub fn reopen_growing(path: &Path) -> Result<Self> {
+        let part = part_path(path);
+        if !part.exists() && path.is_file() {
+            std::fs::rename(path, &part)
+                .map_err(io_error(path, format!("rename to {}", part.display())))?;
+        }
+        let opened = OpenOptions::new().read(true).write(true).open(&part);
+        let file = opened.map_err(io_error(&part, "open"))?;
+        let bytes = file.metadata().map_err(io_error(&part, "read the size"))?.len();
+        Ok(Self { file, path: path.to_owned(), part, bytes, renamed: false })
+    }
+
+    /// Cuts the file off, or extends it, at `bytes`.
+    ///
+    /// # Errors
+    /// [`FormatError::Io`].
+    pub fn truncate(&mut self, bytes: u64) -> Result<()> {
+        let action = format!("set the size to {bytes} bytes");
+        self.file.set_len(bytes).map_err(|source| self.error(action)(source))?;
+        self.bytes = bytes;
+        Ok(())
+    }
+
     /// The final path.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The full size.
+    /// The full size, as given or last [set](Self::truncate).
     pub fn bytes(&self) -> u64 {
         self.bytes
     }

@@ -80,3 +80,23 @@ impl<'a> IntoIterator for &'a TensorIndex {
         self.iter()
     }
 }
+
+/// Most tensors in one file. Sharded mixture-of-experts checkpoints stay below 100 000.
+pub(crate) const MAX_TENSORS: usize = 500_000;
+
+/// Longest tensor name.
+const MAX_NAME_BYTES: usize = 4096;
+
+/// What is wrong with a tensor's name. Names become part of messages and of other files, never of
+/// paths, so dots and slashes are harmless.
+pub(crate) fn name_defect(name: &str) -> Option<String> {
+    if name.is_empty() {
+        return Some("the name is empty".to_owned());
+    }
+    if name.len() > MAX_NAME_BYTES {
+        return Some(format!("the name has {} bytes, more than {MAX_NAME_BYTES}", name.len()));
+    }
+    name.chars()
+        .find(|c| c.is_control())
+        .map(|c| format!("the name holds the control character {c:?}"))
+}

@@ -27,7 +27,8 @@ pub trait CheckpointWriter: fmt::Debug + Send {
     /// [`FormatError::Io`](crate::FormatError::Io);
     /// [`FormatError::WrongLength`](crate::FormatError::WrongLength) for more bytes than declared;
     /// [`FormatError::TensorNotFound`](crate::FormatError::TensorNotFound). Nothing is counted as
-    /// written then.
+    /// written then, except that a writer which gathers bytes may report that earlier ones could not
+    /// be written.
     fn write(&mut self, name: &str, component: usize, chunk: &[u8]) -> Result<()>;
 
     /// Digests of the components of a tensor whose bytes are all written.

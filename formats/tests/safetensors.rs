@@ -96,7 +96,7 @@ fn packed_and_dense_tensors_round_trip() {
     );
     let info = reader.tensors().get("model.up.weight").unwrap();
     assert_eq!((info.shape.as_slice(), info.stored_bytes), ([2, 12].as_slice(), 24 + 4));
-    assert_eq!(reader.components("model.up.weight").unwrap(), [&values, &metadata]);
+    assert_eq!(reader.components("model.up.weight").unwrap(), [&values[..], &metadata]);
     assert_eq!(reader.read_f32("model.norm.weight").unwrap(), [1.0, 0.0, -1.0]);
     assert_eq!(reader.read_f32("model.scale").unwrap(), [2.5]);
     assert_eq!(reader.read_f32("model.empty").unwrap(), [0.0; 0]);
@@ -108,7 +108,7 @@ fn packed_and_dense_tensors_round_trip() {
     assert_eq!((weights[1], weights[23].to_bits()), (1.0, 0xFFC1_0000));
     reader.prefetch(&["model.up.weight", "model.empty", "no such tensor"]);
     reader.release(&["model.up.weight", "model.empty", "no such tensor"]);
-    assert_eq!(reader.components("model.up.weight").unwrap(), [&values, &metadata]);
+    assert_eq!(reader.components("model.up.weight").unwrap(), [&values[..], &metadata]);
 
     let bytes = std::fs::read(&path).unwrap();
     let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
@@ -300,7 +300,7 @@ fn an_interrupted_run_is_resumed_tensor_by_tensor() {
     writer.adopt("b", &digests).unwrap();
     writer.finish().unwrap();
     let reader = open(&dir.path().join("model.safetensors")).unwrap();
-    assert_eq!(reader.components("a").unwrap(), [[5, 6, 7]]);
+    assert_eq!(reader.components("a").unwrap(), [&[5, 6, 7][..]]);
 }
 
 #[test]
@@ -375,8 +375,8 @@ proptest! {
                 let view = oracle.tensor(&format!("{name}{}", component.suffix)).unwrap();
                 prop_assert_eq!(view.shape(), &component.shape);
                 prop_assert_eq!(view.dtype().to_string(), component.dtype.to_string());
-                prop_assert_eq!(view.data(), parts[index]);
-                prop_assert_eq!(parts[index], pattern(name.len() + index, component.bytes as usize));
+                prop_assert_eq!(view.data(), &parts[index][..]);
+                prop_assert_eq!(&parts[index][..], pattern(name.len() + index, component.bytes as usize));
                 // Maps start at a page, so addresses are aligned as offsets are.
                 let address = parts[index].as_ptr() as usize;
                 prop_assert_eq!(address % component.dtype.size_bytes(), 0);

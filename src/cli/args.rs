@@ -147,6 +147,9 @@ struct FormatArgs {
     /// Accept GGUF block types that move the zeros of pruned layers (q5_k, q4_k, q2_k).
     #[arg(long)]
     allow_zero_loss: bool,
+    /// Compression level of --format zst, 1 to 19 [default: 1].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(1..=19))]
+    level: Option<i32>,
 }
 
 impl RecipeArgs {
@@ -176,6 +179,7 @@ impl RecipeArgs {
         recipe.output.dtype = self.output.dtype.or(recipe.output.dtype);
         recipe.output.shard_size = self.output.shard_size.or(recipe.output.shard_size);
         recipe.output.allow_zero_loss |= self.output.allow_zero_loss;
+        recipe.output.level = self.output.level.or(recipe.output.level);
         Ok(recipe)
     }
 }

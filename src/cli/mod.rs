@@ -49,7 +49,7 @@ enum Command {
     Eval(eval::EvalArgs),
     /// Check an output: digests, pattern, and another checkpoint.
     Verify(verify::VerifyArgs),
-    /// Write a packed directory as plain safetensors, bit for bit.
+    /// Write a packed or compressed directory as plain safetensors, bit for bit.
     Unpack(unpack::UnpackArgs),
     /// Print a man page, shell completions, or the recipe schema.
     Generate(generate::GenerateArgs),

@@ -44,14 +44,15 @@ impl Progress for Bar {
     }
 
     fn block(&self, report: &BlockReport) {
-        let number =
-            |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.4}"));
+        let number = |value: Option<f64>, digits: usize| {
+            value.map_or("-".to_owned(), |value| format!("{value:.digits$}"))
+        };
         tracing::info!(
             block = report.block,
             sparsity = %format_args!("{:.4}", report.sparsity),
-            relative_error = %number(report.relative_error),
-            damp = %number(report.damp),
-            bits_per_weight = %format_args!("{:.2}", report.bits_per_weight),
+            relative_error = %number(report.relative_error, 4),
+            damp = %number(report.damp, 4),
+            bits_per_weight = %number(report.bits_per_weight, 2),
             secs = %format_args!("{:.2}", report.secs),
             rss_mib = report.rss_bytes.unwrap_or(0) >> 20,
             "block done"

@@ -19,6 +19,7 @@ use crate::{
         ConversionPlan, Converted, Fallback, Manifest, Phase, PhaseTimes, Totals, VerifyReport,
         resident_bytes,
     },
+    recipe::OutputFormat,
 };
 
 /// Findings shown before the rest is only counted.
@@ -303,16 +304,27 @@ pub(super) fn plan(
             file.display()
         )?;
     }
-    let shards = plan.file_count();
-    writeln!(
-        text,
-        "  output          {} in {shards} file{} ({:.1}% of the source's {})",
-        bytes(plan.output_bytes),
-        if shards == 1 { "" } else { "s" },
-        ratio(plan.output_bytes, plan.source_bytes),
-        bytes(plan.source_bytes)
-    )?;
-    fallbacks(&mut text, plan)?;
+    if plan.format == OutputFormat::Zst {
+        writeln!(
+            text,
+            "  output          at most {} in 1 file, known when it is compressed (source {})",
+            bytes(plan.output_bytes),
+            bytes(plan.source_bytes)
+        )?;
+        let files = if plan.archive { "the source's own" } else { "plain safetensors" };
+        writeln!(text, "  unpack gives    {files}, byte for byte")?;
+    } else {
+        let shards = plan.file_count();
+        writeln!(
+            text,
+            "  output          {} in {shards} file{} ({:.1}% of the source's {})",
+            bytes(plan.output_bytes),
+            if shards == 1 { "" } else { "s" },
+            ratio(plan.output_bytes, plan.source_bytes),
+            bytes(plan.source_bytes)
+        )?;
+        fallbacks(&mut text, plan)?;
+    }
     let budget = &plan.budget;
     writeln!(
         text,

@@ -9,7 +9,7 @@ use crate::pipeline::unpack;
 
 #[derive(Debug, Args)]
 pub(super) struct UnpackArgs {
-    /// A packed output of convert.
+    /// A packed or compressed output of convert.
     #[arg(value_name = "PACKED", value_hint = ValueHint::DirPath)]
     packed: PathBuf,
     /// Directory for the plain safetensors; made, or empty.

@@ -6,7 +6,8 @@ use super::source::ModelSource;
 
 /// Gathers the embeddings of one sequence, plus learned positions where the model has them.
 ///
-/// Decodes only the rows it needs, straight from the memory map.
+/// Decodes only the rows it needs, each once and in stored order, so that a compressed table is
+/// decompressed once at most.
 ///
 /// # Shapes
 /// `[ids.len(), hidden_size]`, row-major.
@@ -17,17 +18,23 @@ use super::source::ModelSource;
 pub fn embed(source: &ModelSource, ids: &[u32]) -> Result<Vec<f32>> {
     let (arch, config) = (source.arch(), source.config());
     let table = arch.embed.weight();
-    let mut out = Vec::with_capacity(ids.len() * config.hidden_size);
-    for (position, id) in ids.iter().enumerate() {
-        let row = *id as usize;
-        if row >= config.vocab_size {
-            return Err(ModelError::TokenOutOfRange {
-                token: *id,
-                position,
-                vocab_size: config.vocab_size,
-            });
+    if let Some(position) = ids.iter().position(|&id| id as usize >= config.vocab_size) {
+        return Err(ModelError::TokenOutOfRange {
+            token: ids[position],
+            position,
+            vocab_size: config.vocab_size,
+        });
+    }
+    let width = config.hidden_size;
+    let mut out = vec![0.0; ids.len() * width];
+    let mut positions: Vec<usize> = (0..ids.len()).collect();
+    positions.sort_by_key(|&position| ids[position]);
+    for same in positions.chunk_by(|&a, &b| ids[a] == ids[b]) {
+        let row = ids[same[0]] as usize;
+        let values = source.read_rows_f32(&table, row..row + 1)?;
+        for position in same {
+            out[position * width..][..width].copy_from_slice(&values);
         }
-        out.extend(source.read_rows_f32(&table, row..row + 1)?);
     }
     if let (Some(positions), Positions::Learned { offset }) = (&arch.position_embed, arch.positions)
     {

@@ -117,6 +117,7 @@ pub struct ModelSource {
     arch: &'static Architecture,
     config: ModelConfig,
     tensors: Vec<ModelTensor>,
+    ignored: Vec<ModelTensor>,
     by_name: HashMap<String, usize>,
 }
 
@@ -140,13 +141,14 @@ impl ModelSource {
             gguf,
             used: HashSet::new(),
             tensors: Vec::new(),
+            ignored: Vec::new(),
         };
         listing.add_model()?;
         listing.add_others()?;
-        let tensors = listing.tensors;
+        let Listing { tensors, ignored, .. } = listing;
         let by_name =
             tensors.iter().enumerate().map(|(i, tensor)| (tensor.name.clone(), i)).collect();
-        Ok(Self { reader, arch, config, tensors, by_name })
+        Ok(Self { reader, arch, config, tensors, ignored, by_name })
     }
 
     /// The reader underneath, for stored bytes and file names.
@@ -173,6 +175,12 @@ impl ModelSource {
     /// forward pass does not read.
     pub fn tensors(&self) -> &[ModelTensor] {
         &self.tensors
+    }
+
+    /// Tensors of a Hugging Face checkpoint that are not part of the model: old buffers, and a stored
+    /// copy of a tied output matrix. Only an archive keeps them.
+    pub fn ignored(&self) -> &[ModelTensor] {
+        &self.ignored
     }
 
     /// The tensors of one block, in order.
@@ -257,10 +265,9 @@ impl ModelSource {
         if rows.end > matrix.rows || rows.start > rows.end {
             return Err(self.out_of_range(tensor, matrix.rows, &rows));
         }
-        let parts = self.reader.components(&tensor.stored_name)?;
         let mut out = vec![0.0; rows.len() * matrix.cols];
         let decode = |rows: Range<usize>, out: &mut [f32]| {
-            tensor.encoding.decode_f32(&tensor.stored_name, &tensor.shape, &parts, rows, out)
+            self.reader.read_rows_f32(&tensor.stored_name, rows, out)
         };
         match tensor.permuted_heads {
             None => decode(rows, &mut out)?,
@@ -350,6 +357,7 @@ struct Listing<'a> {
     gguf: bool,
     used: HashSet<String>,
     tensors: Vec<ModelTensor>,
+    ignored: Vec<ModelTensor>,
 }
 
 impl Listing<'_> {
@@ -500,15 +508,18 @@ impl Listing<'_> {
                     architecture: self.arch.name.clone(),
                 });
             }
+            let other = model_tensor(name.to_owned(), info, TensorKind::Other);
             if LEGACY_BUFFERS.iter().any(|suffix| name.ends_with(suffix)) {
                 tracing::debug!(tensor = name, "ignored a legacy buffer");
+                self.ignored.push(other);
             } else if tied_head.as_deref() == Some(name) {
                 tracing::warn!(
                     tensor = name,
                     "ignored: tie_word_embeddings is true, so the embeddings are the output matrix"
                 );
+                self.ignored.push(other);
             } else {
-                self.tensors.push(model_tensor(name.to_owned(), info, TensorKind::Other));
+                self.tensors.push(other);
             }
         }
         Ok(())

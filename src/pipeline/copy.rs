@@ -1,6 +1,8 @@
 //! Streams a tensor out of a source, some rows at a time, and copies it to an output.
 
-use sparsepack_formats::{DType, Encoder, Encoding, encoding};
+use std::ops::Range;
+
+use sparsepack_formats::{CheckpointReader, DType, Encoder, Encoding, encoding};
 
 use super::{error::Result, plan::OutputTensor};
 use crate::model::{GGUF_ROPE_FACTORS, ModelError, ModelSource, ModelTensor, hf_row, to_gguf_rows};
@@ -54,10 +56,39 @@ pub(super) fn copy_tensor(
 pub(super) fn copy_stored(
     source: &ModelSource,
     tensor: &ModelTensor,
-    write: impl FnMut(Vec<u8>) -> Result<()>,
+    mut write: impl FnMut(Vec<u8>) -> Result<()>,
 ) -> Result<()> {
-    let parts = source.reader().components(&tensor.stored_name)?;
-    parts[0].chunks(CHUNK_BYTES).map(<[u8]>::to_vec).try_for_each(write)
+    let components = tensor.encoding.components(&tensor.stored_name, &tensor.shape)?;
+    for range in components.iter().flat_map(|component| pieces(component.bytes)) {
+        write(source.reader().read_component(&tensor.stored_name, 0, range)?.into_owned())?;
+    }
+    Ok(())
+}
+
+/// Hands on the stored bytes of every component of a tensor that is kept as it is, whatever its values
+/// are.
+///
+/// # Errors
+/// A tensor that cannot be read; what `write` returns.
+pub(super) fn copy_components(
+    reader: &dyn CheckpointReader,
+    output: &OutputTensor,
+    mut write: impl FnMut(usize, Vec<u8>) -> Result<()>,
+) -> Result<()> {
+    let components = output.encoding.components(&output.name, &output.shape)?;
+    for (position, component) in components.iter().enumerate() {
+        for range in pieces(component.bytes) {
+            write(position, reader.read_component(&output.name, position, range)?.into_owned())?;
+            reader.release(&[&output.name]);
+        }
+    }
+    Ok(())
+}
+
+/// Ranges of [`CHUNK_BYTES`] up to `bytes`.
+fn pieces(bytes: u64) -> impl Iterator<Item = Range<u64>> {
+    let ends = move |start| start..(start + CHUNK_BYTES as u64).min(bytes);
+    (0..bytes).step_by(CHUNK_BYTES).map(ends)
 }
 
 /// As [`copy_stored`], some rows at a time, each looked at for NaN and infinity first.
@@ -67,21 +98,23 @@ fn copy_finite(
     mut write: impl FnMut(Vec<u8>) -> Result<()>,
 ) -> Result<()> {
     let matrix = encoding::MatrixShape::of(&tensor.shape);
-    let stored = source.reader().components(&tensor.stored_name)?[0];
+    let reader = source.reader();
     let float = tensor.encoding.value_dtype().is_float_weight();
-    if !float || tensor.shape.len() < 2 || matrix.rows == 0 {
+    if !float || tensor.shape.len() < 2 || matrix.rows == 0 || matrix.cols == 0 {
         if float {
             source.check_finite(&tensor.name, &source.read_f32(&tensor.name)?)?;
         }
         copy_stored(source, tensor, write)?;
     } else {
-        let row_bytes = stored.len() / matrix.rows;
+        let stored = tensor.encoding.components(&tensor.stored_name, &tensor.shape)?;
+        let row_bytes = stored.iter().map(|c| c.bytes).sum::<u64>() / matrix.rows as u64;
         let rows_at_once = (CHUNK_BYTES / (matrix.cols * size_of::<f32>()).max(1)).max(1);
         for start in (0..matrix.rows).step_by(rows_at_once) {
             let rows = start..(start + rows_at_once).min(matrix.rows);
             let values = source.read_rows_f32(&tensor.name, rows.clone())?;
             check_finite(source, &tensor.name, start, &values)?;
-            write(stored[rows.start * row_bytes..rows.end * row_bytes].to_vec())?;
+            let bytes = rows.start as u64 * row_bytes..rows.end as u64 * row_bytes;
+            write(reader.read_component(&tensor.stored_name, 0, bytes)?.into_owned())?;
             source.reader().release(&[&tensor.stored_name]);
         }
     }
@@ -133,27 +166,29 @@ pub(super) fn stream_rows(
     mut show: impl FnMut(&[u8]) -> Result<()>,
 ) -> Result<()> {
     let tensor = source.tensor(name)?;
-    let parts = source.reader().components(&tensor.stored_name)?;
-    let own = (tensor.encoding == (Encoding::Dense { dtype }) && tensor.permuted_heads.is_none())
-        .then(|| parts[0]);
+    let is_own = tensor.encoding == (Encoding::Dense { dtype }) && tensor.permuted_heads.is_none();
+    let own = |range| source.reader().read_component(&tensor.stored_name, 0, range);
     let matrix = encoding::MatrixShape::of(&tensor.shape);
     let row_bytes = matrix.cols * dtype.size_bytes();
     let rows_at_once = (CHUNK_BYTES / row_bytes.max(1)).max(1);
     let release = || source.reader().release(&[&tensor.stored_name]);
-    match own {
-        Some(bytes) if !dtype.is_float_weight() => {
-            for rows in bytes.chunks((rows_at_once * row_bytes).max(1)) {
-                show(rows)?;
+    let all_bytes = (matrix.rows * row_bytes) as u64;
+    match tensor.shape.len() {
+        _ if is_own && !dtype.is_float_weight() => {
+            for start in (0..all_bytes).step_by((rows_at_once * row_bytes).max(1)) {
+                let end = all_bytes.min(start + (rows_at_once * row_bytes) as u64);
+                show(&own(start..end)?)?;
                 release();
             }
         }
         // A vector is one row, but `read_rows_f32` counts its elements as rows.
-        _ if tensor.shape.len() < 2 => {
+        0 | 1 => {
             let values = source.read_f32(name)?;
             source.check_finite(name, &values)?;
-            match own {
-                Some(bytes) => show(bytes)?,
-                None => show(&encoded(name, dtype, &values)?)?,
+            if is_own {
+                show(&own(0..all_bytes)?)?;
+            } else {
+                show(&encoded(name, dtype, &values)?)?;
             }
         }
         _ => {
@@ -163,9 +198,11 @@ pub(super) fn stream_rows(
                 row = rows.end;
                 let values = source.read_rows_f32(name, rows.clone())?;
                 check_finite(source, name, rows.start, &values)?;
-                match own {
-                    Some(bytes) => show(&bytes[rows.start * row_bytes..rows.end * row_bytes])?,
-                    None => show(&encoded(name, dtype, &values)?)?,
+                if is_own {
+                    let bytes = rows.start * row_bytes..rows.end * row_bytes;
+                    show(&own(bytes.start as u64..bytes.end as u64)?)?;
+                } else {
+                    show(&encoded(name, dtype, &values)?)?;
                 }
                 release();
             }
@@ -173,6 +210,33 @@ pub(super) fn stream_rows(
     }
     release();
     Ok(())
+}
+
+/// Hands the stored bytes of a dense tensor to `write` piece by piece, whatever values they are.
+///
+/// # Errors
+/// A tensor that cannot be read; what `write` returns.
+pub(super) fn copy_stored(
+    reader: &dyn CheckpointReader,
+    output: &OutputTensor,
+    mut write: impl FnMut(usize, Vec<u8>) -> Result<()>,
+) -> Result<()> {
+    let matrix = MatrixShape::of(&output.shape);
+    for rows in row_ranges(matrix, output.encoding.value_dtype()) {
+        let mut bytes = Vec::new();
+        reader.read_rows_dense(&output.name, rows, &mut bytes)?;
+        write(0, bytes)?;
+    }
+    reader.release(&[&output.name]);
+    Ok(())
+}
+
+/// All rows that have bytes, about [`CHUNK_BYTES`] at a time.
+fn row_ranges(matrix: MatrixShape, dtype: DType) -> impl Iterator<Item = Range<usize>> {
+    let row_bytes = matrix.cols * dtype.size_bytes();
+    let rows = if row_bytes == 0 { 0 } else { matrix.rows };
+    let at_once = (CHUNK_BYTES / row_bytes.max(1)).max(1);
+    (0..rows).step_by(at_once).map(move |row| row..(row + at_once).min(rows))
 }
 
 /// As [`ModelSource::check_finite`] for rows that start at `first_row`.

@@ -53,7 +53,10 @@ impl Encodings<'_> {
             OutputFormat::TorchCutlass | OutputFormat::CompressedTensors => {
                 self.foreign(&mut scan)?
             }
-            _ => tensors
+            OutputFormat::Safetensors
+            | OutputFormat::Packed
+            | OutputFormat::Gguf
+            | OutputFormat::Zst => tensors
                 .iter()
                 .map(|tensor| self.encoding(tensor, &mut scan))
                 .collect::<Result<Vec<_>>>()?,
@@ -61,25 +64,11 @@ impl Encodings<'_> {
         let outputs = tensors
             .iter()
             .zip(encodings)
-            .map(|(tensor, encoding)| {
-                let linear = match tensor.kind {
-                    TensorKind::Linear { role, .. } => Some(role),
-                    _ => None,
-                };
-                Ok(OutputTensor {
-                    name: tensor.name.clone(),
-                    stored_name: None,
-                    encoding,
-                    shape: tensor.shape.clone(),
-                    bytes: stored_bytes(tensor, encoding)?,
-                    block: tensor.kind.block(),
-                    linear,
-                    permuted_heads: None,
-                })
-            })
+            .map(|(tensor, encoding)| OutputTensor::new(tensor, encoding))
             .collect::<Result<Vec<_>>>()?;
         let packs = outputs.iter().any(|output| output.encoding.is_packed());
-        if self.format != OutputFormat::Safetensors && !packs {
+        let dense = matches!(self.format, OutputFormat::Safetensors | OutputFormat::Zst);
+        if !dense && !packs {
             let why = match self.recipe.prune {
                 Some(_) => {
                     "no pruned layer becomes smaller, since a mask takes a bit of each weight; \

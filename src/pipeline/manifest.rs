@@ -81,6 +81,9 @@ pub struct TensorRecord {
     pub shape: Vec<usize>,
     /// Stored pieces in order.
     pub components: Vec<ComponentRecord>,
+    /// Bytes that it takes in a container that compresses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compressed_bytes: Option<u64>,
     /// How it was pruned, if it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pruned: Option<PrunedRecord>,
@@ -93,7 +96,7 @@ impl TensorRecord {
     }
 }
 
-/// One stored piece of a tensor.
+/// One stored piece of a tensor, before compression.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ComponentRecord {
     /// Name in the container.
@@ -127,9 +130,9 @@ pub struct Totals {
     pub pruned_parameters: u64,
     /// Weights that pruning set to zero.
     pub zeroed: u64,
-    /// Bytes of all tensors.
+    /// Bytes of all tensors, as they are stored.
     pub bytes: u64,
-    /// Bytes of the pruned tensors.
+    /// Bytes of the pruned tensors, as they are stored.
     pub pruned_bytes: u64,
     /// Bytes that all tensors would take stored dense in the same element types.
     pub dense_bytes: u64,
@@ -143,7 +146,8 @@ impl Totals {
         let mut totals = Self::default();
         for tensor in tensors {
             let elements = tensor.shape.iter().map(|&n| n as u64).product::<u64>();
-            let bytes: u64 = tensor.components.iter().map(|component| component.bytes).sum();
+            let bytes = tensor.components.iter().map(|component| component.bytes).sum();
+            let bytes: u64 = tensor.compressed_bytes.unwrap_or(bytes);
             let dense = elements * tensor.encoding.value_dtype().size_bytes() as u64;
             totals.parameters += elements;
             totals.bytes += bytes;

@@ -2,6 +2,7 @@
 //!
 //! [`convert`] is the whole of it; the loop over blocks is in `run.rs`.
 
+mod archive;
 mod budget;
 mod copy;
 mod encodings;
@@ -19,6 +20,7 @@ mod run;
 mod stages;
 mod unpack;
 mod verify;
+mod workers;
 
 use std::path::Path;
 
@@ -37,6 +39,7 @@ pub use unpack::unpack;
 pub use verify::{Finding, VerifyOptions, VerifyReport, verify};
 
 use run::{Conversion, Outcome};
+use workers::Workers;
 
 use crate::{
     backend::{DeviceOptions, dispatch},
@@ -83,7 +86,8 @@ pub fn convert(
         _ => sidecars(source)?,
     };
     output::prepare(out, source.path(), options.resume, plan.output_bytes)?;
-    let job = Conversion { source, plan, calibration, out, options, progress };
+    let workers = Workers::new(device.threads);
+    let job = Conversion { source, plan, calibration, out, options, workers, progress };
     // Source digests need the whole input read once; that runs beside the conversion.
     let (outcome, digests) = std::thread::scope(|scope| {
         let digests = scope.spawn(|| output::source_digests(source));

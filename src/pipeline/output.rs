@@ -7,8 +7,10 @@ use std::{
 };
 
 use sparsepack_formats::{
-    CheckpointWriter, DType, Digest, Encoding, GgufWriter, ModelMetadata, OutputFile,
-    SafetensorsWriter, compressed_tensors::SparseFormat,
+    CheckpointReader, CheckpointWriter, DType, Digest, Encoding, GgufWriter, MappedFile,
+    ModelMetadata, OutputFile, SafetensorsWriter,
+    compressed_tensors::SparseFormat,
+    container::{self, ContainerReader, ContainerWriter},
 };
 
 use super::{
@@ -19,6 +21,7 @@ use super::{
     },
     plan::{ConversionPlan, OutputTensor},
     run::Outcome,
+    workers::Workers,
 };
 use crate::{
     model::{ModelSource, Sidecar, SidecarContent},
@@ -89,31 +92,31 @@ pub(super) fn prepare(out: &Path, source: &Path, resume: bool, bytes: u64) -> Re
     Ok(())
 }
 
-/// The writer of the planned container, with everything laid out in `*.part` files.
+/// The writer of the planned container: with everything laid out in `*.part` files or, to resume, on
+/// those of an interrupted run.
 ///
 /// # Errors
-/// I/O; a layout that the container cannot hold.
-pub(super) fn create_writer(
+/// I/O; a layout that the container cannot hold; parts of another layout.
+pub(super) fn open_writer(
     plan: &ConversionPlan,
     out: &Path,
+    workers: Workers,
+    resume: bool,
 ) -> Result<Box<dyn CheckpointWriter>> {
-    Ok(match plan.gguf_layout() {
-        Some(layout) => GgufWriter::create(out, &layout)?,
-        None => SafetensorsWriter::create(out, &plan.shards())?,
-    })
-}
-
-/// As [`create_writer`], on the `*.part` files of an interrupted run.
-///
-/// # Errors
-/// I/O; parts of another layout.
-pub(super) fn resume_writer(
-    plan: &ConversionPlan,
-    out: &Path,
-) -> Result<Box<dyn CheckpointWriter>> {
-    Ok(match plan.gguf_layout() {
-        Some(layout) => GgufWriter::resume(out, &layout)?,
-        None => SafetensorsWriter::resume(out, &plan.shards())?,
+    if plan.format == OutputFormat::Zst {
+        let level = plan.recipe.output.level.unwrap_or(container::DEFAULT_LEVEL);
+        let (layout, executor) = (plan.container(), Box::new(workers));
+        return Ok(if resume {
+            ContainerWriter::resume(out, layout, level, executor)?
+        } else {
+            ContainerWriter::create(out, layout, level, executor)?
+        });
+    }
+    Ok(match (plan.gguf_layout(), resume) {
+        (Some(layout), false) => GgufWriter::create(out, &layout)?,
+        (Some(layout), true) => GgufWriter::resume(out, &layout)?,
+        (None, false) => SafetensorsWriter::create(out, &plan.shards())?,
+        (None, true) => SafetensorsWriter::resume(out, &plan.shards())?,
     })
 }
 
@@ -185,7 +188,7 @@ pub(super) fn complete(
         source: source_files,
         calibration: outcome.calibration.clone(),
         device: outcome.device.clone(),
-        tensors: tensor_records(plan, &outcome)?,
+        tensors: tensor_records(plan, out, &outcome)?,
         totals: Totals::default(),
     };
     let manifest = Manifest { totals: Totals::of(&manifest.tensors), ..manifest };
@@ -295,7 +298,21 @@ fn computing_dtype(plan: &ConversionPlan) -> DType {
         .unwrap_or(DType::Bf16)
 }
 
-fn tensor_records(plan: &ConversionPlan, outcome: &Outcome) -> Result<Vec<TensorRecord>> {
+fn tensor_records(
+    plan: &ConversionPlan,
+    out: &Path,
+    outcome: &Outcome,
+) -> Result<Vec<TensorRecord>> {
+    let compressed = if plan.format == OutputFormat::Zst {
+        let file = MappedFile::open(&out.join(container::FILE_NAME))?;
+        Some(ContainerReader::open_file(file)?)
+    } else {
+        None
+    };
+    let compressed_bytes = |name: &str| {
+        let reader = compressed.as_ref()?;
+        Some(reader.tensors().get(name)?.stored_bytes)
+    };
     plan.outputs
         .iter()
         .map(|output| {
@@ -307,6 +324,7 @@ fn tensor_records(plan: &ConversionPlan, outcome: &Outcome) -> Result<Vec<Tensor
                 encoding: output.encoding,
                 shape: output.shape.clone(),
                 components: component_records(output, digests)?,
+                compressed_bytes: compressed_bytes(&output.name),
                 pruned: plan.pruned(&output.name).and_then(|(method, sparsity)| {
                     let module = output.name.strip_suffix(".weight")?;
                     let report = outcome.reports.iter().find(|report| report.layer == module)?;

@@ -5,9 +5,14 @@
 use std::collections::BTreeMap;
 
 use serde::Serialize;
-use sparsepack_formats::{Encoding, FormatError, GgufLayout, ShardLayout, encoding::MatrixShape};
+use sparsepack_formats::{
+    Encoding, FormatError, GgufLayout, ShardLayout,
+    container::{ContainerLayout, OriginalFile},
+    encoding::MatrixShape,
+};
 
 use super::{
+    archive,
     budget::MemoryBudget,
     encodings::{Encodings, Scan},
     error::{PipelineError, Result},
@@ -100,7 +105,7 @@ pub struct OutputTensor {
     pub encoding: Encoding,
     /// Row-major shape.
     pub shape: Vec<usize>,
-    /// Bytes of all components.
+    /// Bytes of all components, before compression.
     pub bytes: u64,
     /// The decoder block it belongs to.
     pub block: Option<usize>,
@@ -115,6 +120,23 @@ impl OutputTensor {
     /// Name in the container.
     pub fn stored_name(&self) -> &str {
         self.stored_name.as_deref().unwrap_or(&self.name)
+    }
+
+    /// A tensor under its own name.
+    pub(super) fn new(tensor: &ModelTensor, encoding: Encoding) -> Result<Self> {
+        Ok(Self {
+            name: tensor.name.clone(),
+            stored_name: None,
+            encoding,
+            shape: tensor.shape.clone(),
+            bytes: super::encodings::stored_bytes(tensor, encoding)?,
+            block: tensor.kind.block(),
+            linear: match tensor.kind {
+                TensorKind::Linear { role, .. } => Some(role),
+                _ => None,
+            },
+            permuted_heads: None,
+        })
     }
 }
 
@@ -139,7 +161,7 @@ pub struct ConversionPlan {
     pub scan: Option<Scan>,
     /// Memory at the peak, by purpose.
     pub budget: MemoryBudget,
-    /// Bytes of tensor data that will be written.
+    /// Bytes of tensor data that will be written; at most, where they are compressed.
     pub output_bytes: u64,
     /// Bytes of tensor data in the source.
     pub source_bytes: u64,
@@ -150,6 +172,12 @@ pub struct ConversionPlan {
     pub fallbacks: Vec<Fallback>,
     #[serde(skip)]
     gguf: Option<GgufPlan>,
+    /// Whether the output keeps every file of the source, to be restored byte for byte, so that
+    /// tensors are copied as they are and not looked at.
+    pub archive: bool,
+    /// What a compressed output can restore.
+    #[serde(skip)]
+    originals: Vec<OriginalFile>,
     #[serde(skip)]
     shard_starts: Vec<usize>,
     #[serde(skip)]
@@ -171,14 +199,18 @@ impl ConversionPlan {
 
         let format = recipe.output.format.unwrap_or(OutputFormat::Safetensors);
         check_output(&recipe.output, format)?;
+        let level = archive::level(recipe, format)?;
         let prune = recipe.prune.as_ref();
         let solver = prune.map_or_else(SolverOptions::default, |prune| SolverOptions {
             damp: prune.damp,
             column_block: prune.column_block,
         });
+        let archived = archive::source_files(source, recipe, format)?;
         let (outputs, scan, gguf) = if format == OutputFormat::Gguf {
             let (outputs, gguf) = super::gguf::plan(source, recipe, &blocks, &tables)?;
             (outputs, None, Some(gguf))
+        } else if archived.is_some() {
+            (archive::outputs(source)?, None, None)
         } else {
             let (blocks, tables) = (&blocks, &tables);
             let encodings = Encodings { source, recipe, format, blocks, tables, solver };
@@ -187,11 +219,12 @@ impl ConversionPlan {
         };
         let default = if format == OutputFormat::Gguf { u64::MAX } else { SHARD_BYTES };
         let shard_starts = plan_shards(&outputs, recipe.output.shard_size.unwrap_or(default));
-        let output_bytes = outputs.iter().map(|output| output.bytes).sum();
+        let output_bytes = archive::output_bytes(&outputs, format)?;
         let source_bytes = source.tensors().iter().map(|tensor| tensor.stored_bytes).sum();
         let mut resolved = recipe.clone();
         resolved.output.format = Some(format);
-        Ok(Self {
+        resolved.output.level = level;
+        let mut plan = Self {
             budget: MemoryBudget::new(source, &blocks, &recipe.calibration),
             flops: super::budget::conversion_flops(source, &blocks, &recipe.calibration),
             recipe: resolved,
@@ -206,8 +239,25 @@ impl ConversionPlan {
             source_bytes,
             fallbacks: gguf.as_ref().map_or_else(Vec::new, |gguf| gguf.fallbacks.clone()),
             gguf,
+            archive: archived.is_some(),
+            originals: archived.unwrap_or_default(),
             shard_starts,
-        })
+        };
+        if plan.format == OutputFormat::Zst && !plan.archive {
+            plan.originals = OriginalFile::of_shards(source.path(), &plan.shards())?;
+        }
+        Ok(plan)
+    }
+
+    /// What a compressed output holds.
+    pub fn container(&self) -> ContainerLayout {
+        let tensors = self.outputs.iter();
+        ContainerLayout {
+            tensors: tensors
+                .map(|output| (output.name.clone(), output.encoding, output.shape.clone()))
+                .collect(),
+            files: self.originals.clone(),
+        }
     }
 
     /// Settings of the solvers.
@@ -498,7 +548,7 @@ fn check_calibration(recipe: &Recipe, needs: StatKind, max_positions: usize) -> 
     }
 }
 
-fn contradiction(what: String) -> PipelineError {
+pub(super) fn contradiction(what: String) -> PipelineError {
     RecipeError::Contradiction { what }.into()
 }
 

@@ -38,8 +38,8 @@ pub struct BlockReport {
     pub relative_error: Option<f64>,
     /// Largest damping needed, as a fraction of the Hessian's mean diagonal.
     pub damp: Option<f64>,
-    /// Stored bits per weight of its linears.
-    pub bits_per_weight: f64,
+    /// Stored bits per weight of its linears, where that is known before all is written.
+    pub bits_per_weight: Option<f64>,
     /// Seconds it took.
     pub secs: f64,
     /// Resident memory now, where the system tells.

@@ -17,12 +17,14 @@ use super::{
     plan::{BlockPlan, ConversionPlan, OutputTensor, TablePlan},
     progress::{BlockReport, Phase, PhaseTimes, Progress, resident_bytes},
     stages::StageContext,
+    workers::Workers,
 };
 use crate::{
     backend::{Backend, BackendJob, HostData, HostMatrix, SequenceLens},
     calibration::{CalibrationSet, HiddenStates, HostActivations, StatKind, Statistic},
     compress::{Layer, LayerReport, SolveTimes, solver},
     model::{BlockGeometry, CapturePoint, ModelSource, embed, from_gguf_rows, to_gguf_rows},
+    recipe::OutputFormat,
 };
 
 /// Work from which on a run spends a third of a second to measure what its rates are compared with.
@@ -51,6 +53,8 @@ pub(super) struct Conversion<'a> {
     pub out: &'a Path,
     /// How to run.
     pub options: RunOptions,
+    /// What compresses.
+    pub workers: Workers,
     /// Told as the work goes on.
     pub progress: &'a dyn Progress,
 }
@@ -126,13 +130,14 @@ impl<'a, B: Backend> Run<'a, B> {
             sparsepack_formats::FormatError::Json { path: job.out.into(), source }
         })?;
         let interval = job.options.checkpoint_interval;
+        let open_writer = |resume| super::output::open_writer(plan, job.out, job.workers, resume);
         let (journal, finished, writer) = if job.options.resume {
             let (journal, finished) = Journal::resume(job.out, &identity, interval)?;
             let writer = if finished.tensors.is_empty() {
                 super::output::remove_parts(job.out);
-                super::output::create_writer(plan, job.out)?
+                open_writer(false)?
             } else {
-                let mut writer = super::output::resume_writer(plan, job.out)?;
+                let mut writer = open_writer(true)?;
                 for (name, digests) in &finished.tensors {
                     writer.adopt(name, digests)?;
                 }
@@ -141,7 +146,7 @@ impl<'a, B: Backend> Run<'a, B> {
             (journal, finished, writer)
         } else {
             let journal = Journal::create(job.out, &identity, interval)?;
-            (journal, Finished::default(), super::output::create_writer(plan, job.out)?)
+            (journal, Finished::default(), open_writer(false)?)
         };
         let positions = job.calibration.map_or(0, window_of);
         let mut run = Self {
@@ -343,9 +348,12 @@ impl<'a, B: Backend> Run<'a, B> {
         }
         let start = Instant::now();
         let (source, packer) = (self.job.source, &mut self.packer);
-        super::copy::copy_tensor(source, output, |component, bytes| {
-            packer.write(output.stored_name(), component, bytes)
-        })?;
+        let write = |component, bytes| packer.write(output.stored_name(), component, bytes);
+        if self.job.plan.archive {
+            super::copy::copy_components(source.reader(), output, write)?;
+        } else {
+            super::copy::copy_tensor(source, output, write)?;
+        }
         self.times.charge(Phase::Encode, start.elapsed().as_secs_f64(), 0.0);
         self.unrecorded.push(output.stored_name().to_owned());
         Ok(())
@@ -394,7 +402,8 @@ impl<'a, B: Backend> Run<'a, B> {
             relative_error: (!errors.is_empty())
                 .then(|| errors.iter().sum::<f64>() / errors.len() as f64),
             damp: reports.iter().filter_map(|report| report.damp).reduce(f64::max),
-            bits_per_weight: bytes as f64 * 8.0 / weights,
+            bits_per_weight: (self.job.plan.format != OutputFormat::Zst)
+                .then(|| bytes as f64 * 8.0 / weights),
             secs: began.elapsed().as_secs_f64(),
             rss_bytes: resident_bytes().map(|(now, _)| now),
         }

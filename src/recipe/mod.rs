@@ -151,6 +151,10 @@ pub struct OutputRecipe {
     /// Accept block types that store most zeros of a pruned layer as small values.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub allow_zero_loss: bool,
+    /// Compression level of `zst`, 1 to 19; 1 by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 19))]
+    pub level: Option<i32>,
 }
 
 /// Container and encoding of pruned layers.
@@ -169,6 +173,8 @@ pub enum OutputFormat {
     CompressedTensors,
     /// One GGUF file (or the files of a split) for llama.cpp and its relatives.
     Gguf,
+    /// One file of zstd frames, for archives and downloads; unpack gives the safetensors back.
+    Zst,
 }
 
 impl OutputFormat {
@@ -180,6 +186,7 @@ impl OutputFormat {
             Self::TorchCutlass => "torch-cutlass",
             Self::CompressedTensors => "compressed-tensors",
             Self::Gguf => "gguf",
+            Self::Zst => "zst",
         }
     }
 
@@ -188,6 +195,7 @@ impl OutputFormat {
         match self {
             Self::Safetensors | Self::Packed => None,
             Self::Gguf => Some("llama.cpp and what else reads its files"),
+            Self::Zst => Some("sparsepack; unpack gives plain files back"),
             Self::TorchCutlass => Some(
                 "components for PyTorch's SparseSemiStructuredTensorCUTLASS (checked with torch 2.10); \
                  no model loader reads them, sparsepack does",

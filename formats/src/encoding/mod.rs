@@ -148,6 +148,35 @@ impl Encoding {
         }
     }
 
+    /// Bytes of each component that rows `rows` of a tensor of `shape` are decoded from: with them
+    /// as parts, they are a tensor of this encoding with `rows.len()` rows. `None` where rows do not
+    /// have bytes of their own, as many as any other row.
+    ///
+    /// # Errors
+    /// As [`components`](Self::components), and for rows that the tensor does not have.
+    pub fn row_ranges(
+        self,
+        name: &str,
+        shape: &[usize],
+        rows: std::ops::Range<usize>,
+    ) -> Result<Option<Vec<std::ops::Range<u64>>>> {
+        let matrix = MatrixShape::of(shape);
+        check_rows(name, &rows, matrix.rows)?;
+        match self {
+            Self::Dense { .. } | Self::Sparse24 { .. } | Self::Nm { .. } | Self::Ggml { .. } => {}
+            Self::Bitmask { .. }
+            | Self::TorchCutlass { .. }
+            | Self::CtSparse24Bitmask { .. }
+            | Self::CtSparseBitmask { .. } => return Ok(None),
+        }
+        let components = self.components(name, shape)?;
+        let ranges = components.iter().map(|component| {
+            let row_bytes = component.bytes.checked_div(matrix.rows as u64).unwrap_or(0);
+            rows.start as u64 * row_bytes..rows.end as u64 * row_bytes
+        });
+        Ok(Some(ranges.collect()))
+    }
+
     /// Element type of the decoded values: what the encoding stores without loss.
     pub fn value_dtype(self) -> DType {
         match self {
@@ -217,7 +246,7 @@ impl Encoding {
         self,
         name: &str,
         shape: &[usize],
-        parts: &[&[u8]],
+        parts: &[impl AsRef<[u8]>],
         out: &mut [f32],
     ) -> Result<()> {
         self.decode_f32(name, shape, parts, 0..MatrixShape::of(shape).rows, out)
@@ -235,11 +264,12 @@ impl Encoding {
         self,
         name: &str,
         shape: &[usize],
-        parts: &[&[u8]],
+        parts: &[impl AsRef<[u8]>],
         rows: std::ops::Range<usize>,
         out: &mut [f32],
     ) -> Result<()> {
         let matrix = MatrixShape::of(shape);
+        let parts: &[&[u8]] = &parts.iter().map(AsRef::as_ref).collect::<Vec<_>>();
         self.check_parts(name, shape, parts)?;
         if rows.end > matrix.rows || rows.start > rows.end || out.len() != rows.len() * matrix.cols
         {
@@ -292,11 +322,12 @@ impl Encoding {
         self,
         name: &str,
         shape: &[usize],
-        parts: &[&[u8]],
+        parts: &[impl AsRef<[u8]>],
         rows: std::ops::Range<usize>,
         out: &mut Vec<u8>,
     ) -> Result<()> {
         let matrix = MatrixShape::of(shape);
+        let parts: &[&[u8]] = &parts.iter().map(AsRef::as_ref).collect::<Vec<_>>();
         self.check_parts(name, shape, parts)?;
         check_rows(name, &rows, matrix.rows)?;
         match self {

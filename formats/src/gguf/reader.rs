@@ -1,5 +1,6 @@
 //! Reading tensors out of a mapped GGUF file.
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -170,12 +171,12 @@ impl CheckpointReader for GgufReader {
         &self.metadata
     }
 
-    fn components(&self, name: &str) -> Result<Vec<&[u8]>> {
+    fn components(&self, name: &str) -> Result<Vec<Cow<'_, [u8]>>> {
         let (file, range) = self.place(name).ok_or_else(|| FormatError::TensorNotFound {
             path: self.path().to_owned(),
             name: name.to_owned(),
         })?;
-        Ok(vec![&file.bytes()[range]])
+        Ok(vec![Cow::Borrowed(&file.bytes()[range])])
     }
 
     fn prefetch(&self, names: &[&str]) {

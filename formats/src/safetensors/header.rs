@@ -7,13 +7,10 @@
 use std::{collections::BTreeMap, path::Path};
 
 use super::json::{self, Entry, METADATA};
-use crate::{DType, FormatError, Result};
+use crate::{DType, FormatError, Result, tensor::name_defect};
 
 /// Longest JSON header: the limit of the `safetensors` crate.
-pub(super) const MAX_HEADER_BYTES: u64 = 100_000_000;
-
-/// Longest tensor name.
-const MAX_NAME_BYTES: usize = 4096;
+pub(crate) const MAX_HEADER_BYTES: u64 = 100_000_000;
 
 /// Bytes before the JSON: its length.
 pub(super) const LENGTH_BYTES: u64 = 8;
@@ -167,19 +164,6 @@ impl Entry {
         }
         Ok(StoredTensor { name, dtype, shape, start: absolute(begin), end: absolute(end) })
     }
-}
-
-/// Names become part of messages and of other files, never of paths, so dots and slashes are harmless.
-fn name_defect(name: &str) -> Option<String> {
-    if name.is_empty() {
-        return Some("the name is empty".to_owned());
-    }
-    if name.len() > MAX_NAME_BYTES {
-        return Some(format!("the name has {} bytes, more than {MAX_NAME_BYTES}", name.len()));
-    }
-    name.chars()
-        .find(|c| c.is_control())
-        .map(|c| format!("the name holds the control character {c:?}"))
 }
 
 fn check_tiling(

@@ -93,7 +93,7 @@ impl ShardIndex {
 }
 
 /// Whether `name` stays in its directory.
-fn is_plain_name(name: &str) -> bool {
+pub(crate) fn is_plain_name(name: &str) -> bool {
     !name.contains(['/', '\\', '\0']) && !matches!(name, "" | "." | "..")
 }
 
@@ -101,7 +101,7 @@ fn is_plain_name(name: &str) -> bool {
 ///
 /// # Errors
 /// [`FormatError::Io`], [`FormatError::LimitExceeded`], [`FormatError::Json`].
-pub(super) fn parse_json_file<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
+pub(crate) fn parse_json_file<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
     let io = |action: &'static str| crate::file::io_error(path, action);
     let found = std::fs::metadata(path).map_err(io("read the size"))?.len();
     if found > MAX_JSON_BYTES {

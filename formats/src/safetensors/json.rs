@@ -8,11 +8,7 @@ use serde::{
 };
 
 use super::header::LENGTH_BYTES;
-use crate::{FormatError, Result};
-
-/// Most tensors in one file. Sharded mixture-of-experts checkpoints stay below 100 000; the header
-/// limit alone would admit more than a million.
-const MAX_TENSORS: usize = 500_000;
+use crate::{FormatError, Result, tensor::MAX_TENSORS};
 
 /// The key that is not a tensor.
 pub(super) const METADATA: &str = "__metadata__";

@@ -16,8 +16,13 @@ mod header;
 mod index;
 mod json;
 mod layout;
+mod original;
 mod reader;
 pub mod writer;
+
+pub(crate) use header::MAX_HEADER_BYTES;
+pub(crate) use index::{is_plain_name, parse_json_file};
+pub(crate) use original::{original_files, stored_tensors};
 
 pub use reader::SafetensorsReader;
 
@@ -26,3 +31,6 @@ pub const SINGLE_NAME: &str = "model.safetensors";
 
 /// The index of a sharded checkpoint.
 pub const INDEX_NAME: &str = "model.safetensors.index.json";
+
+/// The model's configuration, beside its tensors.
+pub(crate) const CONFIG_NAME: &str = "config.json";

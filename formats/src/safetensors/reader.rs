@@ -1,19 +1,23 @@
 //! Reading: one file or a directory of shards.
 
 use std::{
+    borrow::Cow,
     ops::Range,
     path::{Path, PathBuf},
 };
 
 use super::{
-    INDEX_NAME, SINGLE_NAME,
+    CONFIG_NAME, INDEX_NAME, SINGLE_NAME,
     declared::{self, Located},
     header::Header,
-    index::{ShardIndex, parse_json_file},
+    index::ShardIndex,
+    original::head_of,
 };
 use crate::{
     CheckpointReader, FormatError, MappedFile, ModelMetadata, Result, TensorIndex,
     compressed_tensors::{self, Found, SparseFormat},
+    container::OriginalFile,
+    file::io_error,
 };
 
 /// Reads one safetensors file or a directory of shards.
@@ -37,23 +41,13 @@ impl SafetensorsReader {
     /// # Errors
     /// [`FormatError`] naming the file, and the tensor if it is one tensor's defect.
     pub fn open_dir(path: &Path) -> Result<Self> {
-        let config_path = path.join("config.json");
-        if !config_path.is_file() {
-            return Err(FormatError::UnknownFormat {
-                path: path.to_owned(),
-                found: "a directory without config.json".to_owned(),
-            });
-        }
-        let config: serde_json::Value = parse_json_file(&config_path)?;
-        if !config.is_object() {
-            return Err(FormatError::InvalidHeader {
-                path: config_path,
-                offset: 0,
-                what: "the configuration is not a JSON object".to_owned(),
-            });
-        }
-        let sparse_format = SparseFormat::from_config(&config_path, &config)?;
-        let metadata = ModelMetadata::HuggingFace { config, directory: path.to_owned() };
+        let metadata = ModelMetadata::read_config(path)?;
+        let sparse_format = match &metadata {
+            ModelMetadata::HuggingFace { config, .. } => {
+                SparseFormat::from_config(&path.join(CONFIG_NAME), config)?
+            }
+            _ => None,
+        };
         let mut reader = Self::empty(path, metadata);
         let mut found = vec![];
         let (single, index_path) = (path.join(SINGLE_NAME), path.join(INDEX_NAME));
@@ -157,12 +151,35 @@ impl CheckpointReader for SafetensorsReader {
         &self.metadata
     }
 
-    fn components(&self, name: &str) -> Result<Vec<&[u8]>> {
+    fn components(&self, name: &str) -> Result<Vec<Cow<'_, [u8]>>> {
         let place = self.place(name).ok_or_else(|| FormatError::TensorNotFound {
             path: self.path.clone(),
             name: name.to_owned(),
         })?;
-        Ok(place.iter().map(|(file, part)| &self.files[*file].bytes()[part.clone()]).collect())
+        let bytes = |file: usize| self.files[file].bytes();
+        Ok(place.iter().map(|(file, part)| Cow::Borrowed(&bytes(*file)[part.clone()])).collect())
+    }
+
+    fn original_files(&self) -> Result<Vec<OriginalFile>> {
+        let ModelMetadata::HuggingFace { directory, .. } = &self.metadata else {
+            return Ok(vec![]);
+        };
+        let mut originals = vec![];
+        for file in &self.files {
+            let Some(name) = file.path().file_name().and_then(|name| name.to_str()) else {
+                return Ok(vec![]);
+            };
+            let (head, bytes) = (head_of(file.bytes()).to_vec(), file.bytes().len() as u64);
+            originals.push(OriginalFile { name: name.to_owned(), head, bytes });
+        }
+        for name in [INDEX_NAME, CONFIG_NAME] {
+            let path = directory.join(name);
+            if path.is_file() {
+                let content = std::fs::read(&path).map_err(io_error(&path, "read"))?;
+                originals.push(OriginalFile::whole(name, content));
+            }
+        }
+        Ok(originals)
     }
 
     fn prefetch(&self, names: &[&str]) {

@@ -63,7 +63,7 @@ impl SafetensorsWriter {
 }
 
 /// The index of several shards.
-fn index_text(layouts: &[FileLayout]) -> Option<String> {
+pub(super) fn index_text(layouts: &[FileLayout]) -> Option<String> {
     let stored = layouts.iter().flat_map(|file| {
         let places = file.tensors.iter().flat_map(|(_, places)| places);
         places.map(|place| (place, file.name.as_str()))
