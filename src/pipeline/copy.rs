@@ -87,7 +87,7 @@ pub(super) fn copy_components(
 
 /// Ranges of [`CHUNK_BYTES`] up to `bytes`.
 fn pieces(bytes: u64) -> impl Iterator<Item = Range<u64>> {
-    let ends = move |start| start..(start + CHUNK_BYTES as u64).min(bytes);
+    let ends = move |start: u64| start..(start + CHUNK_BYTES as u64).min(bytes);
     (0..bytes).step_by(CHUNK_BYTES).map(ends)
 }
 
@@ -210,33 +210,6 @@ pub(super) fn stream_rows(
     }
     release();
     Ok(())
-}
-
-/// Hands the stored bytes of a dense tensor to `write` piece by piece, whatever values they are.
-///
-/// # Errors
-/// A tensor that cannot be read; what `write` returns.
-pub(super) fn copy_stored(
-    reader: &dyn CheckpointReader,
-    output: &OutputTensor,
-    mut write: impl FnMut(usize, Vec<u8>) -> Result<()>,
-) -> Result<()> {
-    let matrix = MatrixShape::of(&output.shape);
-    for rows in row_ranges(matrix, output.encoding.value_dtype()) {
-        let mut bytes = Vec::new();
-        reader.read_rows_dense(&output.name, rows, &mut bytes)?;
-        write(0, bytes)?;
-    }
-    reader.release(&[&output.name]);
-    Ok(())
-}
-
-/// All rows that have bytes, about [`CHUNK_BYTES`] at a time.
-fn row_ranges(matrix: MatrixShape, dtype: DType) -> impl Iterator<Item = Range<usize>> {
-    let row_bytes = matrix.cols * dtype.size_bytes();
-    let rows = if row_bytes == 0 { 0 } else { matrix.rows };
-    let at_once = (CHUNK_BYTES / row_bytes.max(1)).max(1);
-    (0..rows).step_by(at_once).map(move |row| row..(row + at_once).min(rows))
 }
 
 /// As [`ModelSource::check_finite`] for rows that start at `first_row`.

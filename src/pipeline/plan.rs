@@ -21,7 +21,7 @@ use super::{
 use crate::{
     calibration::StatKind,
     compress::{Method, SolveError, SolverOptions, Sparsity},
-    model::{CapturePoint, ModelSource, Role, TensorKind},
+    model::{CapturePoint, ModelSource, ModelTensor, Role, TensorKind},
     recipe::{
         BlockRange, OutputFormat, OutputRecipe, PruneRecipe, Recipe, RecipeError, Rule, Selector,
         Sequential, WeightDType,

@@ -25,7 +25,8 @@ fn unusual() -> Vec<u8> {
 fn restored(reader: &ContainerReader, file: &OriginalFile) -> Vec<u8> {
     let mut bytes = file.head.clone();
     for part in reader.parts(file).unwrap() {
-        bytes.extend(reader.read_component(&part.tensor, part.component, 0..part.bytes).unwrap());
+        let stored = reader.read_component(&part.tensor, part.component, 0..part.bytes);
+        bytes.extend_from_slice(&stored.unwrap());
     }
     assert_eq!(bytes.len() as u64, file.bytes);
     bytes

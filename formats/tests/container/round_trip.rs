@@ -70,7 +70,7 @@ fn tensors_come_back_whole_by_rows_and_by_bytes() {
     let part = &tensors[0].3[0];
     for range in [0..1, 5..5, CHUNK_BYTES - 1..CHUNK_BYTES + 2, part.len() - 3..part.len()] {
         let bytes = range.start as u64..range.end as u64;
-        assert_eq!(reader.read_component("big", 0, bytes).unwrap(), part[range]);
+        assert_eq!(reader.read_component("big", 0, bytes).unwrap()[..], part[range]);
     }
     assert!(reader.tensors().get("zeros").unwrap().stored_bytes < 100);
 }
