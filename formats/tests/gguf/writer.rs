@@ -67,7 +67,7 @@ fn copy(reader: &GgufReader, dir: &Path) -> Vec<u8> {
     let layout = layout_of(reader);
     let mut writer = GgufWriter::create(dir, &layout).unwrap();
     for info in reader.tensors() {
-        writer.write(&info.name, 0, reader.components(&info.name).unwrap()[0]).unwrap();
+        writer.write(&info.name, 0, &reader.components(&info.name).unwrap()[0]).unwrap();
     }
     writer.finish().unwrap();
     std::fs::read(dir.join("model.gguf")).unwrap()
@@ -284,8 +284,8 @@ proptest! {
         prop_assert_eq!(reader.tensors().len(), expected.len());
         for (info, (name, encoding, shape)) in reader.tensors().iter().zip(expected) {
             prop_assert_eq!((&info.name, &info.encoding, &info.shape), (name, encoding, shape));
-            let bytes = reader.components(name).unwrap()[0];
-            prop_assert_eq!(bytes, pattern(name, info.stored_bytes as usize));
+            let bytes = &reader.components(name).unwrap()[0];
+            prop_assert_eq!(&bytes[..], pattern(name, info.stored_bytes as usize));
         }
     }
 }
