@@ -167,7 +167,7 @@ pub enum OutputFormat {
     Safetensors,
     /// Safetensors shards with sparse layers as kept values and their positions.
     Packed,
-    /// 2:4 layers as the packed values and metadata of PyTorch's CUTLASS semi-structured tensors.
+    /// 2:4 layers as the packed values and metadata of `PyTorch`'s CUTLASS semi-structured tensors.
     TorchCutlass,
     /// Legacy: sparse layers as compressed-tensors 0.9 to 0.14 stored them; read with transformers 4.57.
     CompressedTensors,
