@@ -56,8 +56,9 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     from .safetensors_directory import SafetensorsCheckpoint
 
     path = Path(directory)
-    found = [name for name in ("model.spz", "model.safetensors", "model.safetensors.index.json")
-             if (path / name).is_file()]
+    found = [
+        name for name in ("model.spz", "model.safetensors", "model.safetensors.index.json") if (path / name).is_file()
+    ]
     if len(found) != 1:
         what = " and ".join(found) if found else "no model.safetensors, index of shards or model.spz"
         raise FormatError(path, f"{what} in the directory (expected one of them)")

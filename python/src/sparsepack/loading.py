@@ -106,7 +106,7 @@ def empty_model(path: Path, dtype: torch.dtype | None) -> Any:
     if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
         raise FormatError(path / "config.json", f"dtype is {dtype}; give load the dtype to compute in")
     with meta_parameters():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
     model.name_or_path = str(path)

@@ -199,9 +199,7 @@ def read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     metadata = header.pop("__metadata__", {})
     order = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
     try:
-        tensors = {
-            name: Stored(file, dtype_of(entry["dtype"]), shape_of(entry["shape"])) for name, entry in order
-        }
+        tensors = {name: Stored(file, dtype_of(entry["dtype"]), shape_of(entry["shape"])) for name, entry in order}
     except MalformedError as wrong:
         raise FormatError(file, str(wrong)) from None
     return tensors, metadata

@@ -73,9 +73,7 @@ def choose(hardware: Hardware, encoding: Encoding, dtype: torch.dtype, wanted: s
     return "", "; ".join(reasons)
 
 
-def backend_problem(
-    hardware: Hardware, backend: str, dtype: torch.dtype, shape: tuple[int, int]
-) -> str | None:
+def backend_problem(hardware: Hardware, backend: str, dtype: torch.dtype, shape: tuple[int, int]) -> str | None:
     """Why a backend cannot multiply by a matrix, or nothing."""
     if dtype not in FLOATS:
         return f"no 2:4 kernel multiplies {NAMES.get(dtype, dtype)} weights and activations"

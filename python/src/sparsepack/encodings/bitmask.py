@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -42,9 +43,7 @@ class Bitmask:
         return decode(parts[".values"], parts[".mask"], parts[".offsets"], self.shape[1])
 
 
-def decode(
-    values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, columns: int
-) -> torch.Tensor:
+def decode(values: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor, columns: int) -> torch.Tensor:
     """Kept values, ``[R, ceil(C/8)]`` mask bytes and offsets (u64) to ``[R, C]``."""
     rows = mask.shape[0]
     bits = values.contiguous().view(bits_of(values.dtype))
@@ -65,7 +64,7 @@ def checked_offsets(offsets: torch.Tensor, kept: int) -> list[int]:
     bounds: list[int] = offsets.view(torch.int64).tolist()
     if bounds[0] != 0:
         raise MalformedError(f"first offset is {bounds[0]} (expected 0)")
-    for stripe, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for stripe, (low, high) in enumerate(pairwise(bounds)):
         if not low <= high <= kept:
             raise MalformedError(f"offset {stripe + 1} is {high} (expected {low} to {kept})")
     return bounds

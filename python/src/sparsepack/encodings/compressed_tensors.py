@@ -63,9 +63,7 @@ class SparseBitmask:
         return decode_bitmask(parts[COMPRESSED], parts[BITMASK], parts[ROW_OFFSETS], self.shape[1])
 
 
-def inferred(
-    format_name: str, compressed: Component, shape: torch.Tensor
-) -> Sparse24Bitmask | SparseBitmask:
+def inferred(format_name: str, compressed: Component, shape: torch.Tensor) -> Sparse24Bitmask | SparseBitmask:
     """The encoding of a weight, from what is stored: nothing declares it but ``.shape``."""
     if compressed.dtype not in STORABLE:
         raise MalformedError(f"element type {compressed.dtype} cannot be stored as {format_name}")

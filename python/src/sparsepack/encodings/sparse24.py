@@ -80,9 +80,7 @@ def check_order(nibble: torch.Tensor, first_row: int) -> None:
     illegal = (nibble & 3) >= (nibble >> 2)
     if illegal.any():
         row, group = (int(index) for index in illegal.nonzero()[0])
-        raise MalformedError(
-            f"row {first_row + row}, group {group}: illegal nibble {int(nibble[row, group]):#x}"
-        )
+        raise MalformedError(f"row {first_row + row}, group {group}: illegal nibble {int(nibble[row, group]):#x}")
 
 
 def check(metadata: torch.Tensor, groups: int) -> None:
