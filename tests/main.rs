@@ -9,6 +9,7 @@ mod gguf;
 mod harness;
 mod layering;
 mod malformed;
+mod matrix;
 mod memory;
 mod parity;
 mod pipeline;

@@ -49,7 +49,11 @@ fn main() {
 /// Encodings with the pattern to measure each on; half of the elements at random without one.
 fn cases(dtype: DType, kept: u64) -> Vec<(Encoding, Option<(usize, usize)>)> {
     let nm = |n, m| (Encoding::Nm { n, m, dtype }, Some((usize::from(n), usize::from(m))));
-    vec![
+    let of_torch = (dtype != DType::F32).then_some(Encoding::TorchCutlass { dtype });
+    let foreign = [of_torch, Some(Encoding::CtSparse24Bitmask { dtype })].into_iter().flatten();
+    let mut cases: Vec<_> = foreign.map(|encoding| (encoding, Some((2, 4)))).collect();
+    cases.extend([
+        (Encoding::Dense { dtype }, None),
         (Encoding::Sparse24 { dtype }, Some((2, 4))),
         nm(1, 4),
         nm(4, 8),
@@ -57,14 +61,16 @@ fn cases(dtype: DType, kept: u64) -> Vec<(Encoding, Option<(usize, usize)>)> {
         nm(8, 16),
         nm(5, 10),
         (Encoding::Bitmask { dtype, kept }, None),
-    ]
+        (Encoding::CtSparseBitmask { dtype, kept }, None),
+    ]);
+    cases
 }
 
 fn measure(encoding: Encoding, dense: &[u8], copy: f64) {
     let row_bytes = dense.len() / SHAPE[0];
     let encode = || {
-        let mut encoder = Encoder::new(encoding, "w", &SHAPE).unwrap();
-        let mut parts = vec![vec![]; encoding.components("w", &SHAPE).unwrap().len()];
+        let mut encoder = Encoder::new(encoding, "w.weight", &SHAPE).unwrap();
+        let mut parts = vec![vec![]; encoding.components("w.weight", &SHAPE).unwrap().len()];
         for chunk in dense.chunks(CHUNK_ROWS * row_bytes) {
             for (part, more) in parts.iter_mut().zip(encoder.rows(chunk).unwrap()) {
                 part.push(more);
@@ -83,7 +89,7 @@ fn measure(encoding: Encoding, dense: &[u8], copy: f64) {
         for row in (0..SHAPE[0]).step_by(CHUNK_ROWS) {
             out.clear();
             let rows = row..row + CHUNK_ROWS;
-            encoding.decode_dense("w", &SHAPE, &parts, rows, &mut out).unwrap();
+            encoding.decode_dense("w.weight", &SHAPE, &parts, rows, &mut out).unwrap();
             black_box(&out);
         }
     });

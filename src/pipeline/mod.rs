@@ -18,6 +18,7 @@ mod plan;
 mod progress;
 mod run;
 mod stages;
+mod support;
 mod unpack;
 mod verify;
 mod workers;
@@ -35,6 +36,7 @@ pub use progress::{
     BlockReport, NoProgress, Phase, PhaseCost, PhaseTimes, Progress, resident_bytes,
 };
 pub use run::RunOptions;
+pub use support::supports;
 pub use unpack::unpack;
 pub use verify::{Finding, VerifyOptions, VerifyReport, verify};
 

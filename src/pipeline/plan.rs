@@ -217,6 +217,7 @@ impl ConversionPlan {
             let (outputs, scan) = encodings.plan()?;
             (outputs, scan, None)
         };
+        super::support::check(format, &outputs)?;
         let default = if format == OutputFormat::Gguf { u64::MAX } else { SHARD_BYTES };
         let shard_starts = plan_shards(&outputs, recipe.output.shard_size.unwrap_or(default));
         let output_bytes = archive::output_bytes(&outputs, format)?;

@@ -178,6 +178,16 @@ pub enum OutputFormat {
 }
 
 impl OutputFormat {
+    /// Every format, as the command line lists them.
+    pub const ALL: [Self; 6] = [
+        Self::Safetensors,
+        Self::Packed,
+        Self::TorchCutlass,
+        Self::CompressedTensors,
+        Self::Gguf,
+        Self::Zst,
+    ];
+
     /// The name on the command line.
     pub fn name(self) -> &'static str {
         match self {
