@@ -21,9 +21,13 @@ pub struct TensorInfo {
 }
 
 impl TensorInfo {
-    /// Number of elements. Readers have checked that the product does not overflow.
+    /// Number of elements. Readers refuse a shape where this does not fit; of a shape made elsewhere,
+    /// it is then `usize::MAX`.
     pub fn elements(&self) -> usize {
-        self.shape.iter().product()
+        if self.shape.contains(&0) {
+            return 0;
+        }
+        self.shape.iter().fold(1, |elements, &dim| elements.saturating_mul(dim))
     }
 }
 

@@ -13,12 +13,14 @@ use crate::{DType, FormatError, Result};
 /// Elements converted at a time: 2 KiB of halves, 4 KiB of floats.
 const CHUNK: usize = 1024;
 
-/// Bytes of a dense tensor, `None` when the product overflows.
-pub(super) fn size_bytes(dtype: DType, shape: &[usize]) -> Option<u64> {
-    // A zero dimension makes the tensor empty whatever the others are, but their product must still
-    // be representable: readers multiply them too.
-    let elements = shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d as u64))?;
-    elements.checked_mul(dtype.size_bytes() as u64)
+/// Bytes of a dense tensor, `None` for more than one allocation can have (`isize::MAX`).
+///
+/// `Some` says more than that: the product of any of the dimensions, a row or all but the last, fits
+/// too, whatever dimension is zero. Everything computed from a shape relies on this check.
+pub(crate) fn size_bytes(dtype: DType, shape: &[usize]) -> Option<u64> {
+    let bound = shape.iter().try_fold(dtype.size_bytes(), |n, &d| n.checked_mul(d.max(1)))?;
+    let bytes = if shape.contains(&0) { 0 } else { bound };
+    isize::try_from(bound).ok().map(|_| bytes as u64)
 }
 
 /// The bytes of `rows`.

@@ -119,7 +119,7 @@ impl Encoding {
     /// # Errors
     /// [`FormatError::Encoding`] when the encoding cannot hold that shape (n:m needs a matrix whose
     /// columns divide by m; ggml blocks need rows of whole blocks), its parameters are out of range, or
-    /// its size overflows.
+    /// its size overflows: a tensor may have `isize::MAX` bytes, counting dimensions of zero as one.
     pub fn components(self, name: &str, shape: &[usize]) -> Result<Vec<Component>> {
         match self {
             Self::Dense { dtype } => Ok(vec![Component {
@@ -284,6 +284,9 @@ impl Encoding {
             });
         }
         dense::check_float(name, self.value_dtype())?;
+        if is_empty(parts) {
+            return Ok(());
+        }
         match self {
             Self::Dense { dtype } => dense::decode_f32(name, dtype, matrix, parts[0], rows, out),
             Self::Nm { n, m, dtype } => {
@@ -330,6 +333,9 @@ impl Encoding {
         let parts: &[&[u8]] = &parts.iter().map(AsRef::as_ref).collect::<Vec<_>>();
         self.check_parts(name, shape, parts)?;
         check_rows(name, &rows, matrix.rows)?;
+        if is_empty(parts) {
+            return Ok(());
+        }
         match self {
             Self::Nm { n, m, dtype } => {
                 let codec = nm::Codec::new(name, nm::Pattern { n, m }, dtype, matrix.cols);
@@ -382,6 +388,11 @@ impl Encoding {
     }
 }
 
+/// Whether there is nothing to decode: rows without columns, of which a header can claim any number.
+fn is_empty(parts: &[&[u8]]) -> bool {
+    parts.iter().all(|part| part.is_empty())
+}
+
 /// Refuses rows that a tensor does not have.
 fn check_rows(name: &str, rows: &std::ops::Range<usize>, has: usize) -> Result<()> {
     if rows.start <= rows.end && rows.end <= has {
@@ -422,18 +433,24 @@ impl fmt::Display for Encoding {
 /// A tensor seen as rows of equal length.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MatrixShape {
-    /// Product of all dimensions but the last.
+    /// Product of all dimensions but the last, `usize::MAX` if it is larger.
     pub rows: usize,
     /// The last dimension (1 for a scalar).
     pub cols: usize,
 }
 
 impl MatrixShape {
-    /// `[.., rows, cols]` flattened to rank 2; a vector is one row.
+    /// `[.., rows, cols]` flattened to rank 2; a vector is one row, and a scalar too.
+    ///
+    /// [`Encoding::components`] refuses every shape whose rows do not fit `usize`, and so does
+    /// whatever decodes or encodes.
     pub fn of(shape: &[usize]) -> Self {
         match shape {
             [] => Self { rows: 1, cols: 1 },
-            [leading @ .., cols] => Self { rows: leading.iter().product(), cols: *cols },
+            [leading @ .., cols] => Self {
+                rows: leading.iter().fold(1, |rows: usize, &dim| rows.saturating_mul(dim)),
+                cols: *cols,
+            },
         }
     }
 }

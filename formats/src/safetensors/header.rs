@@ -7,7 +7,7 @@
 use std::{collections::BTreeMap, path::Path};
 
 use super::json::{self, Entry, METADATA};
-use crate::{DType, FormatError, Result, tensor::name_defect};
+use crate::{DType, FormatError, Result, encoding::dense, tensor::name_defect};
 
 /// Longest JSON header: the limit of the `safetensors` crate.
 pub(crate) const MAX_HEADER_BYTES: u64 = 100_000_000;
@@ -140,9 +140,8 @@ impl Entry {
                 format!("the data ends at offset {end}, before it begins at {begin}"),
             );
         }
-        let elements = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
-        let expected = elements.and_then(|n| n.checked_mul(dtype.size_bytes()));
-        if expected.map(|bytes| bytes as u64) != Some(end - begin) {
+        let expected = dense::size_bytes(dtype, &shape);
+        if expected != Some(end - begin) {
             let expected =
                 expected.map_or("more than can be addressed".to_owned(), |bytes| bytes.to_string());
             return invalid(

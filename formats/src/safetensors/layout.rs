@@ -27,7 +27,7 @@ pub(super) fn lay_out(directory: &Path, shards: &[ShardLayout]) -> Result<Vec<Fi
         });
     }
     let mut names = HashSet::new();
-    shards
+    let files: Vec<FileLayout> = shards
         .iter()
         .enumerate()
         .map(|(index, shard)| {
@@ -48,7 +48,16 @@ pub(super) fn lay_out(directory: &Path, shards: &[ShardLayout]) -> Result<Vec<Fi
             }
             Ok(file)
         })
-        .collect()
+        .collect::<Result<_>>()?;
+    // The index counts the bytes of all of them.
+    match files.iter().try_fold(0u64, |bytes, file| bytes.checked_add(file.bytes)) {
+        Some(_) => Ok(files),
+        None => Err(FormatError::InvalidHeader {
+            path: directory.to_owned(),
+            offset: 0,
+            what: "the size of all shards together overflows".to_owned(),
+        }),
+    }
 }
 
 /// `model.safetensors`, or `model-00001-of-0000N.safetensors` as Hugging Face counts.
@@ -94,7 +103,11 @@ fn lay_out_shard(path: &Path, name: String, shard: &ShardLayout) -> Result<FileL
         });
     }
     let bytes = header.to_bytes(path)?;
-    let file_bytes = bytes.len() as u64 + end;
+    let file_bytes = end.checked_add(bytes.len() as u64).ok_or_else(|| FormatError::InvalidHeader {
+        path: path.to_owned(),
+        offset: bytes.len() as u64,
+        what: format!("{end} bytes of data and the header overflow"),
+    })?;
     // What the reader would refuse is refused now, in its words.
     declared::logical_tensors(path, &Header::parse(path, &bytes, file_bytes)?)?;
     let mut tensors: Vec<(String, Vec<Place>)> =

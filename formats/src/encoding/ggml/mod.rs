@@ -31,8 +31,8 @@ use std::ops::Range;
 use bytemuck::Pod;
 use half::{bf16, f16};
 
-use super::MatrixShape;
-use crate::{FormatError, GgmlType, Result};
+use super::{MatrixShape, dense};
+use crate::{DType, FormatError, GgmlType, Result};
 
 pub use quantize::encode;
 
@@ -57,16 +57,13 @@ pub(super) fn size_bytes(name: &str, ty: GgmlType, shape: &[usize]) -> Result<u6
             ),
         });
     }
-    let row_bytes = ((cols / ty.block_len()) as u64).checked_mul(ty.block_bytes() as u64);
-    let leading = &shape[..shape.len().saturating_sub(1)];
-    leading
-        .iter()
-        .try_fold(row_bytes, |bytes, &dim| Some(bytes?.checked_mul(dim as u64)))
-        .flatten()
-        .ok_or_else(|| FormatError::Encoding {
-            name: name.to_owned(),
-            what: format!("the size of shape {shape:?} overflows"),
-        })
+    // No block is larger than its values decoded to f32, so their size bounds this one.
+    let decoded = dense::size_bytes(DType::F32, shape).ok_or_else(|| FormatError::Encoding {
+        name: name.to_owned(),
+        what: format!("the size of shape {shape:?} overflows"),
+    })?;
+    let blocks = decoded / (size_of::<f32>() * ty.block_len()) as u64;
+    Ok(blocks * ty.block_bytes() as u64)
 }
 
 /// Decodes rows `rows` of `matrix` from the tensor's `bytes`.

@@ -73,7 +73,7 @@ pub fn encode(
         };
         refuse(format!(
             "row {}, column {}: {value:e} cannot be stored as {ty}; {expected}",
-            first_row + index / cols,
+            first_row.saturating_add(index / cols),
             index % cols
         ))
     })

@@ -1,0 +1,200 @@
+//! Shapes whose sizes overflow: an error from whatever takes a shape, never a panic and never a wrong
+//! product.
+
+#![allow(clippy::unwrap_used, reason = "the helpers of these tests are test code too")]
+
+use std::path::Path;
+
+use proptest::prelude::*;
+use sparsepack_formats::{
+    DType, Encoder, Encoding, FormatError, GgmlType, MappedFile, SafetensorsWriter, ShardLayout,
+    TensorIndex, TensorInfo,
+    encoding::{MatrixShape, ggml},
+    safetensors::SafetensorsReader,
+};
+
+const MAX: usize = usize::MAX;
+
+fn encodings() -> Vec<Encoding> {
+    let mut all: Vec<_> = DType::ALL.into_iter().map(|dtype| Encoding::Dense { dtype }).collect();
+    all.extend([DType::F32, DType::Bf16].map(|dtype| Encoding::Sparse24 { dtype }));
+    all.extend(GgmlType::all().map(|ty| Encoding::Ggml { ty }));
+    all
+}
+
+/// Everything that takes a shape refuses this one, in these words.
+fn refused(encoding: Encoding, shape: &[usize]) {
+    let expected = format!("tensor `w`: the size of shape {shape:?} overflows");
+    let check = |error: FormatError| {
+        assert!(matches!(error, FormatError::Encoding { .. }), "{error:?}");
+        assert_eq!(error.to_string(), expected, "{encoding}");
+    };
+    check(encoding.components("w", shape).unwrap_err());
+    check(Encoder::new(encoding, "w", shape).unwrap_err());
+    let parts: &[&[u8]] = &[&[], &[]];
+    check(encoding.decode_f32("w", shape, parts, 0..0, &mut []).unwrap_err());
+    check(encoding.decode_all_f32("w", shape, parts, &mut []).unwrap_err());
+    check(encoding.decode_dense("w", shape, parts, 0..MAX, &mut vec![]).unwrap_err());
+}
+
+#[test]
+fn every_encoding_refuses_a_size_that_overflows() {
+    // 2^62 elements of 256 columns: more than `isize::MAX` bytes of any type of two bytes and more.
+    for shape in [[1 << 54, 256], [MAX / 256 + 1, 256], [1 << 40, 1 << 40], [0, MAX - 255]] {
+        for encoding in encodings() {
+            let one_byte = encoding.value_dtype().size_bytes() == 1;
+            if !(one_byte && shape == [1 << 54, 256]) {
+                refused(encoding, &shape);
+            }
+        }
+    }
+    for shape in [&[MAX, 2, 0][..], &[0, MAX, 2, 256], &[MAX, MAX, 0, 256], &[3, 0, MAX - 255]] {
+        for encoding in encodings() {
+            if !matches!(encoding, Encoding::Sparse24 { .. }) {
+                refused(encoding, shape);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_largest_shapes_that_fit_are_accepted() {
+    let bytes = Encoding::Dense { dtype: DType::U8 };
+    assert_eq!(bytes.components("w", &[MAX / 2]).unwrap()[0].bytes, (MAX / 2) as u64);
+    refused(bytes, &[MAX / 2 + 1]);
+    let floats = Encoding::Dense { dtype: DType::F32 };
+    assert_eq!(floats.components("w", &[1 << 30, (1 << 31) - 1]).unwrap()[0].bytes, {
+        4 * (1 << 30) * ((1 << 31) - 1)
+    });
+    refused(floats, &[1 << 30, 1 << 31]);
+    assert_eq!(floats.components("w", &[]).unwrap()[0].bytes, 4);
+    assert_eq!(floats.components("w", &[0, 1 << 60]).unwrap()[0].bytes, 0);
+    // Decoded to f32 these are 2^63 bytes; the blocks are much smaller.
+    refused(Encoding::Ggml { ty: GgmlType::Q2_K }, &[1 << 53, 256]);
+}
+
+#[test]
+fn rows_without_columns_take_no_time() {
+    for encoding in encodings() {
+        let shape = [1 << 59, 0];
+        let parts: &[&[u8]] = &[&[], &[]];
+        let parts = &parts[..encoding.components("w", &shape).unwrap().len()];
+        let mut out = vec![];
+        encoding.decode_dense("w", &shape, parts, 0..1 << 59, &mut out).unwrap();
+        assert!(out.is_empty());
+        encoding.decode_all_f32("w", &shape, parts, &mut []).unwrap();
+    }
+}
+
+#[test]
+fn products_that_cannot_fail_saturate() {
+    assert_eq!(MatrixShape::of(&[MAX, 2, 3]), MatrixShape { rows: MAX, cols: 3 });
+    assert_eq!(MatrixShape::of(&[2, 3, 4]), MatrixShape { rows: 6, cols: 4 });
+    assert_eq!(MatrixShape::of(&[MAX, 2, 0, 3]).rows, 0);
+    let elements = |shape: &[usize]| {
+        let encoding = Encoding::Dense { dtype: DType::U8 };
+        TensorInfo { name: "w".into(), encoding, shape: shape.to_vec(), stored_bytes: 0 }.elements()
+    };
+    assert_eq!(elements(&[MAX, 2]), MAX);
+    assert_eq!(elements(&[MAX, 2, 0]), 0);
+    assert_eq!(elements(&[2, 3, 4]), 24);
+}
+
+#[test]
+fn the_reader_refuses_an_empty_tensor_whose_other_dimensions_overflow() {
+    let header = format!(r#"{{"a":{{"dtype":"F32","shape":[0,{MAX}],"data_offsets":[0,0]}}}}"#);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.safetensors");
+    let bytes = [&(header.len() as u64).to_le_bytes(), header.as_bytes()].concat();
+    std::fs::write(&path, bytes).unwrap();
+    let error = SafetensorsReader::open_file(MappedFile::open(&path).unwrap()).unwrap_err();
+    assert!(matches!(error, FormatError::InvalidTensor { .. }), "{error:?}");
+    assert_eq!(
+        error.to_string(),
+        format!(
+            "{}: tensor `a`: shape [0, {MAX}] of F32 needs more than can be addressed bytes, but the data offsets [0, 0] hold 0",
+            path.display()
+        )
+    );
+}
+
+#[test]
+fn the_writer_refuses_sums_that_overflow() {
+    let dir = tempfile::tempdir().unwrap();
+    let tensor = |name: &str| {
+        (name.to_owned(), Encoding::Dense { dtype: DType::U8 }, vec![isize::MAX as usize])
+    };
+    let shard = |names: &[&str]| ShardLayout {
+        tensors: names.iter().map(|name| tensor(name)).collect(),
+        ..ShardLayout::default()
+    };
+    let refusal = |shards: &[ShardLayout]| {
+        let error = SafetensorsWriter::create(dir.path(), shards).unwrap_err();
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "parts stay behind");
+        error.to_string().replace(&format!("{}", dir.path().display()), "DIR")
+    };
+    assert_eq!(
+        refusal(&[shard(&["a", "b", "c"])]),
+        "tensor `c`: the size of the shard overflows"
+    );
+    // Two tensors of isize::MAX bytes leave room for one byte.
+    let two = refusal(&[shard(&["a", "b"])]);
+    assert!(
+        two.starts_with("DIR/model.safetensors: offset ")
+            && two.ends_with(": 18446744073709551614 bytes of data and the header overflow"),
+        "{two}"
+    );
+    assert_eq!(
+        refusal(&[shard(&["a"]), shard(&["b"])]),
+        "DIR: offset 0: the size of all shards together overflows"
+    );
+}
+
+#[test]
+fn a_row_number_beyond_all_rows_is_still_a_message() {
+    let error =
+        ggml::encode("w", GgmlType::Q8_0, 32, MAX, &[0xff; 4 * 64], &mut vec![]).unwrap_err();
+    assert!(error.to_string().starts_with(&format!("tensor `w`: row {MAX}, column 0: NaN")));
+}
+
+proptest! {
+    /// Any shape is either refused, or its sizes are what exact arithmetic gives.
+    #[test]
+    fn sizes_are_exact_or_refused(
+        shape in prop::collection::vec(prop_oneof![
+            any::<usize>(),
+            (0u32..64).prop_map(|bits| 1usize << bits),
+            0usize..300,
+            (0usize..20).prop_map(|n| n * 256),
+        ], 0..4)
+    ) {
+        let mut index = TensorIndex::default();
+        for encoding in encodings() {
+            let Ok(components) = encoding.components("w", &shape) else { continue };
+            let elements = shape.iter().fold(1u128, |n, &d| n.saturating_mul(d as u128));
+            let expected = match encoding {
+                Encoding::Dense { dtype } => elements * dtype.size_bytes() as u128,
+                Encoding::Ggml { ty } => {
+                    elements / ty.block_len() as u128 * ty.block_bytes() as u128
+                }
+                Encoding::Sparse24 { dtype } => {
+                    let [rows, cols] = [shape[0], shape[1]].map(|dim| dim as u128);
+                    elements / 2 * dtype.size_bytes() as u128 + rows * cols.div_ceil(8)
+                }
+                _ => unreachable!("not among the encodings of this test"),
+            };
+            let stored_bytes = components.iter().map(|component| component.bytes).sum();
+            prop_assert_eq!(u128::from(stored_bytes), expected);
+            let info = TensorInfo { name: encoding.to_string(), encoding, shape: shape.clone(), stored_bytes };
+            prop_assert_eq!(info.elements() as u128, elements);
+            let MatrixShape { rows, cols } = MatrixShape::of(&shape);
+            prop_assert_eq!(rows as u128 * cols as u128, elements);
+            let _ = index.push(Path::new("m"), info);
+            // Nothing below may panic, whatever the parts are.
+            let _ = encoding.decode_f32("w", &shape, &[&[], &[]], 0..rows, &mut []);
+            let _ = encoding.decode_dense("w", &shape, &[&[]], 0..rows.min(1), &mut vec![]);
+            let mut encoder = Encoder::new(encoding, "w", &shape).unwrap();
+            let _ = encoder.rows(&[0; 64]);
+        }
+    }
+}
