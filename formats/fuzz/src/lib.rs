@@ -1,0 +1,231 @@
+//! What the fuzz targets share: encodings and shapes out of random bytes, safetensors files made of
+//! them, and the two things that must hold of every checkpoint that opens.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use arbitrary::{Arbitrary, Result, Unstructured};
+use sparsepack_formats::{CheckpointReader, DType, Encoding, GgmlType, encoding::MatrixShape};
+use tempfile::TempDir;
+
+/// Most bytes of a tensor that a target makes up: decoding may give 32 times as many.
+const MAX_TENSOR_BYTES: u64 = 1 << 16;
+
+/// Readers map files, so inputs become files, in memory where the system has such a place.
+pub struct Scratch(TempDir);
+
+impl Scratch {
+    /// An empty directory that goes away with the value.
+    pub fn new() -> Self {
+        let memory = Path::new("/dev/shm");
+        let made =
+            if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() };
+        Self(made.expect("a temporary directory"))
+    }
+
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// Puts a file into the directory.
+    pub fn write(&self, name: &str, bytes: &[u8]) -> PathBuf {
+        let path = self.path().join(name);
+        fs::write(&path, bytes).expect("a file in the temporary directory");
+        path
+    }
+}
+
+impl Default for Scratch {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Any encoding, also ones that hold no shape at all.
+pub fn encoding(u: &mut Unstructured<'_>) -> Result<Encoding> {
+    let dtype = u.choose_iter(DType::ALL)?;
+    let types: Vec<GgmlType> = GgmlType::all().collect();
+    Ok(match u.int_in_range(0..=2)? {
+        0 => Encoding::Dense { dtype },
+        1 => Encoding::Sparse24 { dtype },
+        _ => Encoding::Ggml { ty: *u.choose(&types)? },
+    })
+}
+
+/// A shape that is mostly small and often a whole number of groups and blocks; sometimes anything.
+pub fn shape(u: &mut Unstructured<'_>) -> Result<Vec<usize>> {
+    if u.ratio(1, 8)? {
+        return u.arbitrary();
+    }
+    let mut shape: Vec<usize> =
+        (0..u.int_in_range(0..=2)?).map(|_| u.int_in_range(0..=9)).collect::<Result<_>>()?;
+    let unit = *u.choose(&[1, 4, 8, 32, 64, 256])?;
+    shape.push(unit * u.int_in_range(0..=9)?);
+    Ok(shape)
+}
+
+/// Bytes of the components of a tensor, all as long as they should be; `None` for a tensor that does
+/// not exist or is too large to make up.
+pub fn parts(
+    u: &mut Unstructured<'_>,
+    name: &str,
+    encoding: Encoding,
+    shape: &[usize],
+) -> Result<Option<Vec<Vec<u8>>>> {
+    let Ok(components) = encoding.components(name, shape) else { return Ok(None) };
+    let mut all = vec![];
+    for component in components {
+        if component.bytes > MAX_TENSOR_BYTES {
+            return Ok(None);
+        }
+        all.push(fill(u, component.bytes as usize)?);
+    }
+    Ok(Some(all))
+}
+
+/// `len` bytes: a random start, again and again.
+pub fn fill(u: &mut Unstructured<'_>, len: usize) -> Result<Vec<u8>> {
+    let start: Vec<u8> = u.arbitrary()?;
+    let start = if start.is_empty() { vec![0] } else { start };
+    Ok(start.into_iter().cycle().take(len).collect())
+}
+
+/// Reads every tensor whole and by single rows: nothing may panic, and both must agree.
+pub fn read_everything(reader: &dyn CheckpointReader) {
+    let names: Vec<&str> = reader.tensors().iter().map(|info| info.name.as_str()).collect();
+    reader.prefetch(&names);
+    for info in reader.tensors() {
+        let parts = reader.components(&info.name).expect("a tensor of the index");
+        let parts: Vec<&[u8]> = parts.iter().map(|part| &part[..]).collect();
+        let stored: u64 = parts.iter().map(|part| part.len() as u64).sum();
+        assert_eq!(stored, info.stored_bytes, "{info:?}");
+        let values = reader.read_f32(&info.name);
+        if let Ok(values) = &values {
+            assert_eq!(values.len(), info.elements(), "{info:?}");
+        }
+        let decoded = check_decoding(&info.name, info.encoding, &info.shape, &parts);
+        assert_eq!(values.is_ok(), decoded && info.encoding.value_dtype().is_float_weight());
+    }
+    reader.release(&names);
+}
+
+/// Decodes a tensor in every way, which must agree, and says whether it decodes.
+pub fn check_decoding(name: &str, encoding: Encoding, shape: &[usize], parts: &[&[u8]]) -> bool {
+    let MatrixShape { rows, cols } = MatrixShape::of(shape);
+    let mut whole = vec![];
+    let decoded = encoding.decode_dense(name, shape, parts, 0..rows, &mut whole).is_ok();
+    assert!(decoded || whole.is_empty(), "a failed decode left bytes behind");
+    let dtype = encoding.value_dtype();
+    let mut values = vec![0.0; if decoded { whole.len() / dtype.size_bytes() } else { 0 }];
+    let as_f32 = encoding.decode_all_f32(name, shape, parts, &mut values).is_ok();
+    assert_eq!(as_f32, decoded && dtype.is_float_weight(), "{encoding} {shape:?}");
+    if as_f32 && dtype == DType::F32 {
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        assert_eq!(bytes, whole, "decoding to f32 and to bytes differ");
+    }
+    let row_bytes = if decoded { cols * dtype.size_bytes() } else { 0 };
+    for row in (0..if decoded { rows.min(9) } else { 0 }).chain(rows.checked_sub(1)) {
+        let mut one = vec![];
+        let result = encoding.decode_dense(name, shape, parts, row..row + 1, &mut one);
+        if decoded {
+            result.expect("a row of a tensor that decodes");
+            assert_eq!(one, whole[row * row_bytes..][..row_bytes], "row {row}");
+        }
+    }
+    decoded
+}
+
+/// One stored tensor of a safetensors file, not yet placed.
+pub struct Stored {
+    pub name: String,
+    dtype: String,
+    shape: Vec<usize>,
+    bytes: Vec<u8>,
+}
+
+/// A safetensors file that may be right.
+#[derive(Default)]
+pub struct File {
+    pub stored: Vec<Stored>,
+    metadata: BTreeMap<String, String>,
+    /// Bytes of the file that are overwritten.
+    patches: Vec<(u16, u8)>,
+}
+
+impl File {
+    /// A file with tensors of one letter; packed ones are declared.
+    pub fn arbitrary(u: &mut Unstructured<'_>) -> Result<Self> {
+        let mut file = Self::default();
+        let mut declared = serde_json::Map::new();
+        for _ in 0..u.int_in_range(0..=3)? {
+            let name = char::from(u.int_in_range(b'a'..=b'f')?).to_string();
+            let (encoding, shape) = (encoding(u)?, shape(u)?);
+            let Some(parts) = parts(u, &name, encoding, &shape)? else { continue };
+            let components = encoding.components(&name, &shape).expect("they were just made");
+            for (component, bytes) in components.iter().zip(parts) {
+                file.stored.push(Stored {
+                    name: format!("{name}{}", component.suffix),
+                    dtype: component.dtype.name().to_owned(),
+                    shape: component.shape.clone(),
+                    bytes,
+                });
+            }
+            if !matches!(encoding, Encoding::Dense { .. }) {
+                let mut declaration = serde_json::json!(encoding);
+                declaration["shape"] = serde_json::json!(shape);
+                declared.insert(name, declaration);
+            }
+        }
+        if !declared.is_empty() {
+            let text = serde_json::Value::Object(declared).to_string();
+            file.metadata.insert("sparsepack.encodings".to_owned(), text);
+        }
+        if u.ratio(1, 4)? {
+            file.metadata.insert(u.arbitrary()?, u.arbitrary()?);
+        }
+        if u.ratio(1, 4)? {
+            file.stored.reverse();
+        }
+        if u.ratio(1, 2)? {
+            file.patches = u.arbitrary()?;
+        }
+        Ok(file)
+    }
+
+    pub fn bytes(&self) -> Vec<u8> {
+        let mut header = serde_json::Map::new();
+        header.insert("__metadata__".to_owned(), serde_json::json!(self.metadata));
+        let mut end = 0;
+        for Stored { name, dtype, shape, bytes } in &self.stored {
+            let offsets = [end, end + bytes.len()];
+            end = offsets[1];
+            header.insert(
+                name.clone(),
+                serde_json::json!({"dtype": dtype, "shape": shape, "data_offsets": offsets}),
+            );
+        }
+        let header = serde_json::Value::Object(header).to_string();
+        let data = self.stored.iter().flat_map(|stored| &stored.bytes);
+        let mut bytes = framed(header.as_bytes());
+        bytes.extend(data);
+        for &(at, byte) in &self.patches {
+            if let Some(place) = bytes.get_mut(usize::from(at)) {
+                *place = byte;
+            }
+        }
+        bytes
+    }
+}
+
+/// A header with its length before it.
+pub fn framed(header: &[u8]) -> Vec<u8> {
+    [&(header.len() as u64).to_le_bytes(), header].concat()
+}
+
+/// A `String` most of the time one of `names`.
+pub fn name(u: &mut Unstructured<'_>, names: &[&str]) -> Result<String> {
+    if u.ratio(1, 8)? { String::arbitrary(u) } else { Ok((*u.choose(names)?).to_owned()) }
+}
