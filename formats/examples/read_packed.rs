@@ -17,7 +17,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 /// Opens a checkpoint of any format and prints the tensor to `out`.
-pub fn print_first_row(path: &Path, name: &str, out: &mut impl Write) -> Result<(), Box<dyn Error>> {
+pub(crate) fn print_first_row(path: &Path, name: &str, out: &mut impl Write) -> Result<(), Box<dyn Error>> {
     let checkpoint = open(path)?;
     let info = checkpoint.tensors().get(name).ok_or("there is no such tensor")?;
     writeln!(out, "{name}: {:?}, {}, {} bytes", info.shape, info.encoding, info.stored_bytes)?;

@@ -17,7 +17,11 @@ const MAX: usize = usize::MAX;
 
 fn encodings() -> Vec<Encoding> {
     let mut all: Vec<_> = DType::ALL.into_iter().map(|dtype| Encoding::Dense { dtype }).collect();
-    all.extend([DType::F32, DType::Bf16].map(|dtype| Encoding::Sparse24 { dtype }));
+    for dtype in [DType::F32, DType::Bf16, DType::U8] {
+        all.push(Encoding::Sparse24 { dtype });
+        all.push(Encoding::Nm { n: 4, m: 8, dtype });
+        all.push(Encoding::Bitmask { dtype, kept: 0 });
+    }
     all.extend(GgmlType::all().map(|ty| Encoding::Ggml { ty }));
     all
 }
@@ -50,7 +54,7 @@ fn every_encoding_refuses_a_size_that_overflows() {
     }
     for shape in [&[MAX, 2, 0][..], &[0, MAX, 2, 256], &[MAX, MAX, 0, 256], &[3, 0, MAX - 255]] {
         for encoding in encodings() {
-            if !matches!(encoding, Encoding::Sparse24 { .. }) {
+            if matches!(encoding, Encoding::Dense { .. } | Encoding::Ggml { .. }) {
                 refused(encoding, shape);
             }
         }
@@ -75,7 +79,9 @@ fn the_largest_shapes_that_fit_are_accepted() {
 
 #[test]
 fn rows_without_columns_take_no_time() {
-    for encoding in encodings() {
+    // The offsets of a bitmask are bytes that a file would have to have.
+    let claimed = |encoding: &Encoding| !matches!(encoding, Encoding::Bitmask { .. });
+    for encoding in encodings().into_iter().filter(claimed) {
         let shape = [1 << 59, 0];
         let parts: &[&[u8]] = &[&[], &[]];
         let parts = &parts[..encoding.components("w", &shape).unwrap().len()];
@@ -173,15 +179,16 @@ proptest! {
         for encoding in encodings() {
             let Ok(components) = encoding.components("w", &shape) else { continue };
             let elements = shape.iter().fold(1u128, |n, &d| n.saturating_mul(d as u128));
+            let mask = || shape[0] as u128 * (shape[1] as u128).div_ceil(8);
             let expected = match encoding {
                 Encoding::Dense { dtype } => elements * dtype.size_bytes() as u128,
                 Encoding::Ggml { ty } => {
                     elements / ty.block_len() as u128 * ty.block_bytes() as u128
                 }
-                Encoding::Sparse24 { dtype } => {
-                    let [rows, cols] = [shape[0], shape[1]].map(|dim| dim as u128);
-                    elements / 2 * dtype.size_bytes() as u128 + rows * cols.div_ceil(8)
+                Encoding::Sparse24 { dtype } | Encoding::Nm { dtype, .. } => {
+                    elements / 2 * dtype.size_bytes() as u128 + mask()
                 }
+                Encoding::Bitmask { .. } => mask() + 8 * ((shape[0] as u128).div_ceil(64) + 1),
                 _ => unreachable!("not among the encodings of this test"),
             };
             let stored_bytes = components.iter().map(|component| component.bytes).sum();

@@ -48,9 +48,11 @@ impl Default for Scratch {
 pub fn encoding(u: &mut Unstructured<'_>) -> Result<Encoding> {
     let dtype = u.choose_iter(DType::ALL)?;
     let types: Vec<GgmlType> = GgmlType::all().collect();
-    Ok(match u.int_in_range(0..=2)? {
+    Ok(match u.int_in_range(0..=4)? {
         0 => Encoding::Dense { dtype },
         1 => Encoding::Sparse24 { dtype },
+        2 => Encoding::Nm { n: u.int_in_range(0..=17)?, m: u.int_in_range(0..=17)?, dtype },
+        3 => Encoding::Bitmask { dtype, kept: u.int_in_range(0..=300)? },
         _ => Encoding::Ggml { ty: *u.choose(&types)? },
     })
 }
