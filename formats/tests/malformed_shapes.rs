@@ -15,6 +15,9 @@ use sparsepack_formats::{
 
 const MAX: usize = usize::MAX;
 
+/// The encodings of compressed-tensors are for weights only.
+const NAME: &str = "w.weight";
+
 fn encodings() -> Vec<Encoding> {
     let mut all: Vec<_> = DType::ALL.into_iter().map(|dtype| Encoding::Dense { dtype }).collect();
     for dtype in [DType::F32, DType::Bf16, DType::U8] {
@@ -22,23 +25,27 @@ fn encodings() -> Vec<Encoding> {
         all.push(Encoding::Nm { n: 4, m: 8, dtype });
         all.push(Encoding::Bitmask { dtype, kept: 0 });
     }
+    for dtype in [DType::F32, DType::Bf16, DType::I8] {
+        all.push(Encoding::CtSparse24Bitmask { dtype });
+        all.push(Encoding::CtSparseBitmask { dtype, kept: 0 });
+    }
     all.extend(GgmlType::all().map(|ty| Encoding::Ggml { ty }));
     all
 }
 
 /// Everything that takes a shape refuses this one, in these words.
 fn refused(encoding: Encoding, shape: &[usize]) {
-    let expected = format!("tensor `w`: the size of shape {shape:?} overflows");
+    let expected = format!("tensor `w.weight`: the size of shape {shape:?} overflows");
     let check = |error: FormatError| {
         assert!(matches!(error, FormatError::Encoding { .. }), "{error:?}");
         assert_eq!(error.to_string(), expected, "{encoding}");
     };
-    check(encoding.components("w", shape).unwrap_err());
-    check(Encoder::new(encoding, "w", shape).unwrap_err());
+    check(encoding.components(NAME, shape).unwrap_err());
+    check(Encoder::new(encoding, NAME, shape).unwrap_err());
     let parts: &[&[u8]] = &[&[], &[]];
-    check(encoding.decode_f32("w", shape, parts, 0..0, &mut []).unwrap_err());
-    check(encoding.decode_all_f32("w", shape, parts, &mut []).unwrap_err());
-    check(encoding.decode_dense("w", shape, parts, 0..MAX, &mut vec![]).unwrap_err());
+    check(encoding.decode_f32(NAME, shape, parts, 0..0, &mut []).unwrap_err());
+    check(encoding.decode_all_f32(NAME, shape, parts, &mut []).unwrap_err());
+    check(encoding.decode_dense(NAME, shape, parts, 0..MAX, &mut vec![]).unwrap_err());
 }
 
 #[test]
@@ -64,31 +71,36 @@ fn every_encoding_refuses_a_size_that_overflows() {
 #[test]
 fn the_largest_shapes_that_fit_are_accepted() {
     let bytes = Encoding::Dense { dtype: DType::U8 };
-    assert_eq!(bytes.components("w", &[MAX / 2]).unwrap()[0].bytes, (MAX / 2) as u64);
+    assert_eq!(bytes.components(NAME, &[MAX / 2]).unwrap()[0].bytes, (MAX / 2) as u64);
     refused(bytes, &[MAX / 2 + 1]);
     let floats = Encoding::Dense { dtype: DType::F32 };
-    assert_eq!(floats.components("w", &[1 << 30, (1 << 31) - 1]).unwrap()[0].bytes, {
+    assert_eq!(floats.components(NAME, &[1 << 30, (1 << 31) - 1]).unwrap()[0].bytes, {
         4 * (1 << 30) * ((1 << 31) - 1)
     });
     refused(floats, &[1 << 30, 1 << 31]);
-    assert_eq!(floats.components("w", &[]).unwrap()[0].bytes, 4);
-    assert_eq!(floats.components("w", &[0, 1 << 60]).unwrap()[0].bytes, 0);
+    assert_eq!(floats.components(NAME, &[]).unwrap()[0].bytes, 4);
+    assert_eq!(floats.components(NAME, &[0, 1 << 60]).unwrap()[0].bytes, 0);
     // Decoded to f32 these are 2^63 bytes; the blocks are much smaller.
     refused(Encoding::Ggml { ty: GgmlType::Q2_K }, &[1 << 53, 256]);
 }
 
 #[test]
 fn rows_without_columns_take_no_time() {
-    // The offsets of a bitmask are bytes that a file would have to have.
-    let claimed = |encoding: &Encoding| !matches!(encoding, Encoding::Bitmask { .. });
-    for encoding in encodings().into_iter().filter(claimed) {
-        let shape = [1 << 59, 0];
-        let parts: &[&[u8]] = &[&[], &[]];
-        let parts = &parts[..encoding.components("w", &shape).unwrap().len()];
+    let rows = 1usize << 59;
+    let shape = [rows, 0];
+    let shape_component = [rows.to_le_bytes(), [0; 8]].concat();
+    for encoding in encodings() {
+        let parts: &[&[u8]] = match encoding {
+            Encoding::Dense { .. } | Encoding::Ggml { .. } => &[&[]],
+            Encoding::Sparse24 { .. } | Encoding::Nm { .. } => &[&[], &[]],
+            Encoding::CtSparse24Bitmask { .. } => &[&[], &[], &shape_component],
+            // Their offsets are bytes that a file would have to have.
+            _ => continue,
+        };
         let mut out = vec![];
-        encoding.decode_dense("w", &shape, parts, 0..1 << 59, &mut out).unwrap();
+        encoding.decode_dense(NAME, &shape, parts, 0..1 << 59, &mut out).unwrap();
         assert!(out.is_empty());
-        let decoded = encoding.decode_all_f32("w", &shape, parts, &mut []);
+        let decoded = encoding.decode_all_f32(NAME, &shape, parts, &mut []);
         assert_eq!(decoded.is_ok(), encoding.value_dtype().is_float_weight(), "{encoding}");
     }
 }
@@ -100,7 +112,7 @@ fn products_that_cannot_fail_saturate() {
     assert_eq!(MatrixShape::of(&[MAX, 2, 0, 3]).rows, 0);
     let elements = |shape: &[usize]| {
         let encoding = Encoding::Dense { dtype: DType::U8 };
-        TensorInfo { name: "w".into(), encoding, shape: shape.to_vec(), stored_bytes: 0 }.elements()
+        TensorInfo { name: NAME.into(), encoding, shape: shape.to_vec(), stored_bytes: 0 }.elements()
     };
     assert_eq!(elements(&[MAX, 2]), MAX);
     assert_eq!(elements(&[MAX, 2, 0]), 0);
@@ -160,8 +172,8 @@ fn the_writer_refuses_sums_that_overflow() {
 #[test]
 fn a_row_number_beyond_all_rows_is_still_a_message() {
     let error =
-        ggml::encode("w", GgmlType::Q8_0, 32, MAX, &[0xff; 4 * 64], &mut vec![]).unwrap_err();
-    assert!(error.to_string().starts_with(&format!("tensor `w`: row {MAX}, column 0: NaN")));
+        ggml::encode(NAME, GgmlType::Q8_0, 32, MAX, &[0xff; 4 * 64], &mut vec![]).unwrap_err();
+    assert!(error.to_string().starts_with(&format!("tensor `w.weight`: row {MAX}, column 0: NaN")));
 }
 
 proptest! {
@@ -177,7 +189,7 @@ proptest! {
     ) {
         let mut index = TensorIndex::default();
         for encoding in encodings() {
-            let Ok(components) = encoding.components("w", &shape) else { continue };
+            let Ok(components) = encoding.components(NAME, &shape) else { continue };
             let elements = shape.iter().fold(1u128, |n, &d| n.saturating_mul(d as u128));
             let mask = || shape[0] as u128 * (shape[1] as u128).div_ceil(8);
             let expected = match encoding {
@@ -189,6 +201,10 @@ proptest! {
                     elements / 2 * dtype.size_bytes() as u128 + mask()
                 }
                 Encoding::Bitmask { .. } => mask() + 8 * ((shape[0] as u128).div_ceil(64) + 1),
+                Encoding::CtSparse24Bitmask { dtype } => {
+                    elements / 2 * dtype.size_bytes() as u128 + mask() + 16
+                }
+                Encoding::CtSparseBitmask { .. } => mask() + 16 + 8 * shape[0] as u128,
                 _ => unreachable!("not among the encodings of this test"),
             };
             let stored_bytes = components.iter().map(|component| component.bytes).sum();
@@ -199,9 +215,9 @@ proptest! {
             prop_assert_eq!(rows as u128 * cols as u128, elements);
             let _ = index.push(Path::new("m"), info);
             // Nothing below may panic, whatever the parts are.
-            let _ = encoding.decode_f32("w", &shape, &[&[], &[]], 0..rows, &mut []);
-            let _ = encoding.decode_dense("w", &shape, &[&[]], 0..rows.min(1), &mut vec![]);
-            let mut encoder = Encoder::new(encoding, "w", &shape).unwrap();
+            let _ = encoding.decode_f32(NAME, &shape, &[&[], &[]], 0..rows, &mut []);
+            let _ = encoding.decode_dense(NAME, &shape, &[&[]], 0..rows.min(1), &mut vec![]);
+            let mut encoder = Encoder::new(encoding, NAME, &shape).unwrap();
             let _ = encoder.rows(&[0; 64]);
         }
     }

@@ -4,8 +4,8 @@
 
 use arbitrary::{Result, Unstructured};
 use libfuzzer_sys::fuzz_target;
-use sparsepack_formats::{Encoder, Encoding};
-use sparsepack_formats_fuzz::{check_decoding, encoding, parts, shape};
+use sparsepack_formats::{Encoding, encoding::MatrixShape};
+use sparsepack_formats_fuzz::{check_decoding, encode, encoding, parts, shape};
 
 fn run(u: &mut Unstructured<'_>) -> Result<()> {
     let (encoding, shape) = (encoding(u)?, shape(u)?);
@@ -26,14 +26,11 @@ fn run(u: &mut Unstructured<'_>) -> Result<()> {
 }
 
 fn encode_again(encoding: Encoding, shape: &[usize], parts: &[&[u8]]) {
-    let rows = sparsepack_formats::encoding::MatrixShape::of(shape).rows;
+    let rows = MatrixShape::of(shape).rows;
     let (mut dense, mut again) = (vec![], vec![]);
     encoding.decode_dense("w.weight", shape, parts, 0..rows, &mut dense).expect("decoded before");
-    let mut encoder = Encoder::new(encoding, "w.weight", shape).expect("the shape decodes");
-    let mut encoded = encoder.rows(&dense).expect("decoded values fit the encoding");
-    for (part, rest) in encoded.iter_mut().zip(encoder.finish().expect("all rows were given")) {
-        part.extend(rest);
-    }
+    let encoded = encode("w.weight", encoding, shape, &dense, dense.len())
+        .expect("decoded values fit the encoding");
     let encoded: Vec<&[u8]> = encoded.iter().map(Vec::as_slice).collect();
     encoding.decode_dense("w.weight", shape, &encoded, 0..rows, &mut again).expect("just encoded");
     assert_eq!(dense, again, "{encoding} {shape:?}");

@@ -4,46 +4,17 @@
 
 use arbitrary::{Result, Unstructured};
 use libfuzzer_sys::fuzz_target;
-use sparsepack_formats::{Encoder, Encoding, encoding::MatrixShape};
-use sparsepack_formats_fuzz::{check_decoding, encoding, fill, shape};
-
-fn encode(
-    encoding: Encoding,
-    shape: &[usize],
-    dense: &[u8],
-    bytes_at_once: usize,
-) -> sparsepack_formats::Result<Vec<Vec<u8>>> {
-    let mut parts = vec![vec![]; encoding.components("w.weight", shape)?.len()];
-    let mut encoder = Encoder::new(encoding, "w.weight", shape)?;
-    for rows in dense.chunks(bytes_at_once.max(1)) {
-        for (part, bytes) in parts.iter_mut().zip(encoder.rows(rows)?) {
-            part.extend(bytes);
-        }
-    }
-    for (part, bytes) in parts.iter_mut().zip(encoder.finish()?) {
-        part.extend(bytes);
-    }
-    Ok(parts)
-}
+use sparsepack_formats::encoding::MatrixShape;
+use sparsepack_formats_fuzz::{check_decoding, dense, encode, encoding, shape};
 
 fn run(u: &mut Unstructured<'_>) -> Result<()> {
     let (encoding, shape) = (encoding(u)?, shape(u)?);
-    let dtype = encoding.value_dtype();
-    let width = dtype.size_bytes();
+    let width = encoding.value_dtype().size_bytes();
     let MatrixShape { rows, cols } = MatrixShape::of(&shape);
-    let Some(len) = rows.checked_mul(cols).filter(|&n| n <= 1 << 14) else { return Ok(()) };
-    let mut dense = fill(u, len * width)?;
-    // Zeros by a mask of one to 32 elements, so that sparse encodings have something to hold.
-    let mask: u32 = u.arbitrary()?;
-    let period = u.int_in_range(1..=32)?;
-    for (index, element) in dense.chunks_mut(width).enumerate() {
-        if mask >> (index % period) & 1 == 0 {
-            element.fill(0);
-        }
-    }
+    let Some(dense) = dense(u, encoding, &shape)? else { return Ok(()) };
     let row_bytes = cols * width;
-    let whole = encode(encoding, &shape, &dense, dense.len());
-    let by_rows = encode(encoding, &shape, &dense, row_bytes * u.int_in_range(1..=5)?);
+    let whole = encode("w.weight", encoding, &shape, &dense, dense.len());
+    let by_rows = encode("w.weight", encoding, &shape, &dense, row_bytes * u.int_in_range(1..=5)?);
     let (Ok(whole), Ok(by_rows)) = (&whole, &by_rows) else {
         assert_eq!(
             whole.map_err(|error| error.to_string()),

@@ -1,16 +1,25 @@
-//! A directory of safetensors shards: an index of any text, or one that names what the shards hold,
-//! more or less.
+//! A directory of safetensors shards, plain or of compressed-tensors: an index of any text, or one that
+//! names what the shards hold, more or less.
 #![no_main]
 
 use arbitrary::{Result, Unstructured};
 use libfuzzer_sys::fuzz_target;
+use sparsepack_formats::compressed_tensors::SparseFormat;
 use sparsepack_formats_fuzz::{File, Scratch, name, read_everything};
 
 const SHARDS: [&str; 3] = ["model-00001-of-00002.safetensors", "s", "../s"];
 
 fn run(u: &mut Unstructured<'_>) -> Result<()> {
     let scratch = Scratch::new();
-    let config = if u.ratio(1, 8)? { u.arbitrary()? } else { "{}" };
+    let config = match u.int_in_range(0..=9)? {
+        0 => u.arbitrary()?,
+        1 => "{}".to_owned(),
+        n => {
+            let format =
+                if n < 5 { SparseFormat::Sparse24Bitmask } else { SparseFormat::SparseBitmask };
+            serde_json::json!({ "quantization_config": format.to_config(&[], 0.5) }).to_string()
+        }
+    };
     scratch.write("config.json", config.as_bytes());
     let mut map = serde_json::Map::new();
     for shard in &SHARDS[..u.int_in_range(0..=2)?] {

@@ -8,7 +8,9 @@ use std::{
 };
 
 use arbitrary::{Arbitrary, Result, Unstructured};
-use sparsepack_formats::{CheckpointReader, DType, Encoding, GgmlType, encoding::MatrixShape};
+use sparsepack_formats::{
+    CheckpointReader, DType, Encoder, Encoding, GgmlType, encoding::MatrixShape,
+};
 use tempfile::TempDir;
 
 /// Most bytes of a tensor that a target makes up: decoding may give 32 times as many.
@@ -48,11 +50,14 @@ impl Default for Scratch {
 pub fn encoding(u: &mut Unstructured<'_>) -> Result<Encoding> {
     let dtype = u.choose_iter(DType::ALL)?;
     let types: Vec<GgmlType> = GgmlType::all().collect();
-    Ok(match u.int_in_range(0..=4)? {
+    Ok(match u.int_in_range(0..=7)? {
         0 => Encoding::Dense { dtype },
         1 => Encoding::Sparse24 { dtype },
         2 => Encoding::Nm { n: u.int_in_range(0..=17)?, m: u.int_in_range(0..=17)?, dtype },
         3 => Encoding::Bitmask { dtype, kept: u.int_in_range(0..=300)? },
+        4 => Encoding::TorchCutlass { dtype },
+        5 => Encoding::CtSparse24Bitmask { dtype },
+        6 => Encoding::CtSparseBitmask { dtype, kept: u.int_in_range(0..=300)? },
         _ => Encoding::Ggml { ty: *u.choose(&types)? },
     })
 }
@@ -66,11 +71,15 @@ pub fn shape(u: &mut Unstructured<'_>) -> Result<Vec<usize>> {
         (0..u.int_in_range(0..=2)?).map(|_| u.int_in_range(0..=9)).collect::<Result<_>>()?;
     let unit = *u.choose(&[1, 4, 8, 32, 64, 256])?;
     shape.push(unit * u.int_in_range(0..=9)?);
+    if u.ratio(1, 8)? && shape.len() == 2 {
+        // The least that torch-cutlass takes.
+        shape = vec![32, 64 * u.int_in_range(1..=2)?];
+    }
     Ok(shape)
 }
 
-/// Bytes of the components of a tensor, all as long as they should be; `None` for a tensor that does
-/// not exist or is too large to make up.
+/// Bytes of the components of a tensor, all as long as they should be, and made by encoding some values
+/// where those fit; `None` for a tensor that does not exist or is too large to make up.
 pub fn parts(
     u: &mut Unstructured<'_>,
     name: &str,
@@ -78,6 +87,12 @@ pub fn parts(
     shape: &[usize],
 ) -> Result<Option<Vec<Vec<u8>>>> {
     let Ok(components) = encoding.components(name, shape) else { return Ok(None) };
+    if u.arbitrary()? {
+        let Some(dense) = dense(u, encoding, shape)? else { return Ok(None) };
+        if let Ok(parts) = encode(name, encoding, shape, &dense, dense.len()) {
+            return Ok(Some(parts));
+        }
+    }
     let mut all = vec![];
     for component in components {
         if component.bytes > MAX_TENSOR_BYTES {
@@ -86,6 +101,51 @@ pub fn parts(
         all.push(fill(u, component.bytes as usize)?);
     }
     Ok(Some(all))
+}
+
+/// Values of a tensor, some of them zero by a mask of one to 32 elements, so that sparse encodings have
+/// something to hold; `None` when they would be too many.
+pub fn dense(
+    u: &mut Unstructured<'_>,
+    encoding: Encoding,
+    shape: &[usize],
+) -> Result<Option<Vec<u8>>> {
+    let width = encoding.value_dtype().size_bytes();
+    let MatrixShape { rows, cols } = MatrixShape::of(shape);
+    let bytes = rows.checked_mul(cols).and_then(|elements| elements.checked_mul(width));
+    let Some(bytes) = bytes.filter(|&bytes| bytes as u64 <= MAX_TENSOR_BYTES) else {
+        return Ok(None);
+    };
+    let mut dense = fill(u, bytes)?;
+    let mask: u32 = u.arbitrary()?;
+    let period = u.int_in_range(1..=32)?;
+    for (index, element) in dense.chunks_mut(width).enumerate() {
+        if mask >> (index % period) & 1 == 0 {
+            element.fill(0);
+        }
+    }
+    Ok(Some(dense))
+}
+
+/// The components of a tensor, encoded `bytes_at_once`.
+pub fn encode(
+    name: &str,
+    encoding: Encoding,
+    shape: &[usize],
+    dense: &[u8],
+    bytes_at_once: usize,
+) -> sparsepack_formats::Result<Vec<Vec<u8>>> {
+    let mut parts = vec![vec![]; encoding.components(name, shape)?.len()];
+    let mut encoder = Encoder::new(encoding, name, shape)?;
+    for rows in dense.chunks(bytes_at_once.max(1)) {
+        for (part, bytes) in parts.iter_mut().zip(encoder.rows(rows)?) {
+            part.extend(bytes);
+        }
+    }
+    for (part, bytes) in parts.iter_mut().zip(encoder.finish()?) {
+        part.extend(bytes);
+    }
+    Ok(parts)
 }
 
 /// `len` bytes: a random start, again and again.
@@ -100,16 +160,25 @@ pub fn read_everything(reader: &dyn CheckpointReader) {
     let names: Vec<&str> = reader.tensors().iter().map(|info| info.name.as_str()).collect();
     reader.prefetch(&names);
     for info in reader.tensors() {
-        let parts = reader.components(&info.name).expect("a tensor of the index");
-        let parts: Vec<&[u8]> = parts.iter().map(|part| &part[..]).collect();
-        let stored: u64 = parts.iter().map(|part| part.len() as u64).sum();
-        assert_eq!(stored, info.stored_bytes, "{info:?}");
         let values = reader.read_f32(&info.name);
+        let Ok(parts) = reader.components(&info.name) else {
+            // Compressed, and damaged.
+            assert!(values.is_err() || info.elements() == 0, "{info:?}");
+            continue;
+        };
+        let parts: Vec<&[u8]> = parts.iter().map(|part| &part[..]).collect();
         if let Ok(values) = &values {
             assert_eq!(values.len(), info.elements(), "{info:?}");
         }
         let decoded = check_decoding(&info.name, info.encoding, &info.shape, &parts);
         assert_eq!(values.is_ok(), decoded && info.encoding.value_dtype().is_float_weight());
+        let rows = MatrixShape::of(&info.shape).rows;
+        let last = rows.saturating_sub(1)..rows;
+        let (mut read, mut expected) = (vec![], vec![]);
+        let found = reader.read_rows_dense(&info.name, last.clone(), &mut read).is_ok();
+        let decodes =
+            info.encoding.decode_dense(&info.name, &info.shape, &parts, last, &mut expected).is_ok();
+        assert_eq!((found, read), (decodes, expected), "{info:?}");
     }
     reader.release(&names);
 }
@@ -163,19 +232,22 @@ impl File {
         let mut file = Self::default();
         let mut declared = serde_json::Map::new();
         for _ in 0..u.int_in_range(0..=3)? {
-            let name = char::from(u.int_in_range(b'a'..=b'f')?).to_string();
+            let mut name = char::from(u.int_in_range(b'a'..=b'f')?).to_string();
             let (encoding, shape) = (encoding(u)?, shape(u)?);
+            if encoding.is_packed() && !encoding.is_declared() {
+                name.push_str(".weight");
+            }
             let Some(parts) = parts(u, &name, encoding, &shape)? else { continue };
             let components = encoding.components(&name, &shape).expect("they were just made");
             for (component, bytes) in components.iter().zip(parts) {
                 file.stored.push(Stored {
-                    name: format!("{name}{}", component.suffix),
+                    name: encoding.component_name(&name, component),
                     dtype: component.dtype.name().to_owned(),
                     shape: component.shape.clone(),
                     bytes,
                 });
             }
-            if !matches!(encoding, Encoding::Dense { .. }) {
+            if encoding.is_declared() {
                 let mut declaration = serde_json::json!(encoding);
                 declaration["shape"] = serde_json::json!(shape);
                 declared.insert(name, declaration);

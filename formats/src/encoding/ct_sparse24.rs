@@ -185,6 +185,10 @@ impl Codec<'_> {
     ) -> Result<()> {
         let [values, bitmask, shape] = parts else { return Ok(()) };
         check_shape(self.name, self.matrix, shape)?;
+        if self.matrix.cols == 0 {
+            // As many rows as `.shape` claims, and nothing in them.
+            return Ok(());
+        }
         let stride = mask::stride(self.matrix.cols);
         let row_bytes = self.matrix.cols / 2 * self.dtype.size_bytes();
         for row in rows {

@@ -360,6 +360,11 @@ impl Encoding {
             Self::Sparse24 { dtype } => {
                 sparse24::decode(name, dtype, matrix, parts[0], parts[1], rows, out)
             }
+            // Plain elements keep all their bits, of a NaN too.
+            Self::Ggml { ty: GgmlType::F32 | GgmlType::F16 | GgmlType::BF16 } => {
+                out.extend_from_slice(dense::row_bytes(self.value_dtype(), matrix, parts[0], rows));
+                Ok(())
+            }
             Self::Ggml { ty } => {
                 let mut values = vec![0.0; rows.len() * matrix.cols];
                 ggml::decode_f32(ty, matrix, parts[0], rows, &mut values);

@@ -29,7 +29,7 @@ mod quantize;
 use std::ops::Range;
 
 use bytemuck::Pod;
-use half::{bf16, f16};
+use half::f16;
 
 use super::{MatrixShape, dense};
 use crate::{DType, FormatError, GgmlType, Result};
@@ -80,9 +80,9 @@ pub(super) fn decode_f32(
     let row_bytes = matrix.cols / ty.block_len() * ty.block_bytes();
     let bytes = &bytes[rows.start * row_bytes..rows.end * row_bytes];
     match ty {
-        GgmlType::F32 => decode_elements(bytes, out, f32::from_le_bytes),
-        GgmlType::F16 => decode_elements(bytes, out, |b| f16::from_le_bytes(b).to_f32()),
-        GgmlType::BF16 => decode_elements(bytes, out, |b| bf16::from_le_bytes(b).to_f32()),
+        GgmlType::F32 => dense::to_f32(DType::F32, bytes, out),
+        GgmlType::F16 => dense::to_f32(DType::F16, bytes, out),
+        GgmlType::BF16 => dense::to_f32(DType::Bf16, bytes, out),
         GgmlType::Q8_0 => decode_blocks::<blocks32::Q8_0, 32>(bytes, out),
         GgmlType::Q4_0 => decode_blocks::<blocks32::Q4_0, 32>(bytes, out),
         GgmlType::Q4_1 => decode_blocks::<blocks32::Q4_1, 32>(bytes, out),
@@ -105,17 +105,6 @@ fn decode_blocks<B: QuantBlock<LEN>, const LEN: usize>(bytes: &[u8], out: &mut [
     }
 }
 
-fn decode_elements<const BYTES: usize>(
-    bytes: &[u8],
-    out: &mut [f32],
-    decode: impl Fn([u8; BYTES]) -> f32,
-) {
-    let (elements, _) = bytes.as_chunks::<BYTES>();
-    for (element, out) in elements.iter().zip(out) {
-        *out = decode(*element);
-    }
-}
-
 /// A stored binary16 scale.
 fn scale(bytes: [u8; 2]) -> f32 {
     f16::from_le_bytes(bytes).to_f32()
@@ -125,6 +114,7 @@ fn scale(bytes: [u8; 2]) -> f32 {
 #[expect(clippy::float_cmp, reason = "decoded values are exact")]
 mod tests {
     use super::*;
+    use crate::Encoding;
 
     #[test]
     fn block_structs_have_the_sizes_of_the_geometry_table() {
@@ -169,6 +159,20 @@ mod tests {
         let mut middle = [0.0; 64];
         decode_f32(GgmlType::Q8_0, matrix, &bytes, 1..2, &mut middle);
         assert_eq!(middle, whole[64..128]);
+    }
+
+    #[test]
+    fn plain_elements_keep_all_bits_of_a_nan() {
+        // Signalling, which a conversion would make quiet.
+        for (ty, nan) in [
+            (GgmlType::BF16, &[0x85, 0xff][..]),
+            (GgmlType::F16, &[0x01, 0x7c]),
+            (GgmlType::F32, &[1, 0, 0x80, 0xff]),
+        ] {
+            let mut out = vec![];
+            Encoding::Ggml { ty }.decode_dense("w", &[1], &[nan], 0..1, &mut out).unwrap();
+            assert_eq!(out, nan, "{ty}");
+        }
     }
 
     #[test]
