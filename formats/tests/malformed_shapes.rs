@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use sparsepack_formats::{
     DType, Encoder, Encoding, FormatError, GgmlType, MappedFile, SafetensorsWriter, ShardLayout,
     TensorIndex, TensorInfo,
-    encoding::{MatrixShape, ggml},
+    encoding::{MatrixShape, ggml, nm, sparse24},
     safetensors::SafetensorsReader,
 };
 
@@ -103,6 +103,12 @@ fn rows_without_columns_take_no_time() {
         let decoded = encoding.decode_all_f32(NAME, &shape, parts, &mut []);
         assert_eq!(decoded.is_ok(), encoding.value_dtype().is_float_weight(), "{encoding}");
     }
+    let mut codes = vec![];
+    let matrix = MatrixShape { rows, cols: 0 };
+    sparse24::decode_nibbles(NAME, matrix, &[], &[], 0..rows, &mut codes).unwrap();
+    let pattern = nm::Pattern { n: 4, m: 8 };
+    nm::decode_nibbles(NAME, pattern, matrix, &[], &[], 0..rows, &mut codes).unwrap();
+    assert!(codes.is_empty());
 }
 
 #[test]

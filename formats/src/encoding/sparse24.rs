@@ -272,6 +272,8 @@ pub fn decode_nibbles(
     check_length(name, ".values", values.len(), matrix.rows * value_stride)?;
     check_length(name, ".metadata", metadata.len(), matrix.rows * meta_stride)?;
     let mut codes = vec![0; matrix.cols];
+    // Rows without columns have nothing to unpack.
+    let rows = if matrix.cols == 0 { 0..0 } else { rows };
     for row in rows {
         // Groups keep two codes, so a row of values has no unused nibble.
         let values =
