@@ -8,7 +8,7 @@ use std::path::Path;
 use proptest::prelude::*;
 use sparsepack_formats::{
     DType, Encoder, Encoding, FormatError, GgmlType, MappedFile, SafetensorsWriter, ShardLayout,
-    TensorIndex, TensorInfo,
+    Survey, TensorIndex, TensorInfo,
     encoding::{MatrixShape, ggml, nm, sparse24},
     safetensors::SafetensorsReader,
 };
@@ -109,6 +109,32 @@ fn rows_without_columns_take_no_time() {
     let pattern = nm::Pattern { n: 4, m: 8 };
     nm::decode_nibbles(NAME, pattern, matrix, &[], &[], 0..rows, &mut codes).unwrap();
     assert!(codes.is_empty());
+}
+
+#[test]
+fn columns_without_rows_take_no_memory() {
+    let cols = 1usize << 56;
+    let shape = [0, cols];
+    let shape_component = [[0; 8], cols.to_le_bytes()].concat();
+    for encoding in encodings() {
+        let parts: &[&[u8]] = match encoding {
+            Encoding::Dense { .. } | Encoding::Ggml { .. } => &[&[]],
+            Encoding::Sparse24 { .. } | Encoding::Nm { .. } => &[&[], &[]],
+            Encoding::Bitmask { .. } => &[&[], &[], &[0; 8]],
+            Encoding::CtSparse24Bitmask { .. } => &[&[], &[], &shape_component],
+            Encoding::CtSparseBitmask { .. } => &[&[], &[], &shape_component, &[]],
+            _ => unreachable!("not among the encodings of this test"),
+        };
+        let mut out = vec![];
+        encoding.decode_dense(NAME, &shape, parts, 0..0, &mut out).unwrap();
+        let decoded = encoding.decode_all_f32(NAME, &shape, parts, &mut []);
+        assert_eq!(decoded.is_ok(), encoding.value_dtype().is_float_weight(), "{encoding}");
+    }
+    let (mut codes, matrix) = (vec![], MatrixShape { rows: 0, cols });
+    sparse24::decode_nibbles(NAME, matrix, &[], &[], 0..0, &mut codes).unwrap();
+    let dense = Encoding::Dense { dtype: DType::U8 };
+    assert_eq!(Survey::new(DType::U8, &shape).cheapest(NAME).unwrap(), dense);
+    assert!(Survey::new(DType::U8, &[1, MAX]).cheapest(NAME).is_err());
 }
 
 #[test]

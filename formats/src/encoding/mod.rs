@@ -284,7 +284,7 @@ impl Encoding {
             });
         }
         dense::check_float(name, self.value_dtype())?;
-        if is_empty(parts) {
+        if rows.is_empty() || is_empty(parts) {
             return Ok(());
         }
         match self {
@@ -333,7 +333,7 @@ impl Encoding {
         let parts: &[&[u8]] = &parts.iter().map(AsRef::as_ref).collect::<Vec<_>>();
         self.check_parts(name, shape, parts)?;
         check_rows(name, &rows, matrix.rows)?;
-        if is_empty(parts) {
+        if rows.is_empty() || is_empty(parts) {
             return Ok(());
         }
         match self {
@@ -393,7 +393,8 @@ impl Encoding {
     }
 }
 
-/// Whether there is nothing to decode: rows without columns, of which a header can claim any number.
+/// Whether there is nothing to decode: rows without columns, of which a header can claim any number,
+/// or columns without rows.
 fn is_empty(parts: &[&[u8]]) -> bool {
     parts.iter().all(|part| part.is_empty())
 }

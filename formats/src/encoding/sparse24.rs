@@ -271,9 +271,11 @@ pub fn decode_nibbles(
     let (value_stride, meta_stride) = (nibbles::stride(kept), matrix.cols.div_ceil(8));
     check_length(name, ".values", values.len(), matrix.rows * value_stride)?;
     check_length(name, ".metadata", metadata.len(), matrix.rows * meta_stride)?;
+    // Rows without columns, and columns without rows, have nothing to unpack.
+    if matrix.cols == 0 || rows.is_empty() {
+        return Ok(());
+    }
     let mut codes = vec![0; matrix.cols];
-    // Rows without columns have nothing to unpack.
-    let rows = if matrix.cols == 0 { 0..0 } else { rows };
     for row in rows {
         // Groups keep two codes, so a row of values has no unused nibble.
         let values =

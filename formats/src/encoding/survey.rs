@@ -1,6 +1,6 @@
 //! Which encoding holds a matrix in the fewest bytes, found by looking at its values once.
 
-use super::{Encoding, mask, nm::MAX_GROUP};
+use super::{Encoding, dense, mask, nm::MAX_GROUP};
 use crate::{DType, Result};
 
 /// An n:m encoding is taken although a bitmask would be smaller by up to this part of the dense size:
@@ -25,8 +25,9 @@ impl Survey {
     /// A survey of a tensor of `shape` with elements of `dtype`. What is not a matrix of a type that the
     /// sparse encodings hold stays dense.
     pub fn new(dtype: DType, shape: &[usize]) -> Self {
+        let fits = dense::size_bytes(dtype, shape).is_some();
         let cols = match shape {
-            [_, cols] if mask::holds(dtype) => *cols,
+            [rows, cols] if *rows > 0 && fits && mask::holds(dtype) => *cols,
             _ => 0,
         };
         let widths = (2..=MAX_GROUP).filter(|&m| cols > 0 && cols.is_multiple_of(usize::from(m)));

@@ -97,6 +97,11 @@ fn lay_out_file(
     }
     // What the reader would refuse is refused now, in its words.
     let data_start = Header::parse(path, &bytes)?.data_start;
+    let file_bytes = data_start.checked_add(end).ok_or_else(|| FormatError::InvalidHeader {
+        path: path.to_owned(),
+        offset: data_start,
+        what: format!("{end} bytes of data and the header overflow"),
+    })?;
     bytes.resize(data_start as usize, 0);
     let tensors = places
         .into_iter()
@@ -105,7 +110,7 @@ fn lay_out_file(
             (name.clone(), vec![place])
         })
         .collect();
-    Ok(FileLayout { name, header: bytes, bytes: data_start + end, tensors })
+    Ok(FileLayout { name, header: bytes, bytes: file_bytes, tensors })
 }
 
 /// Appends a tensor's description and returns the bytes of its data.
