@@ -192,8 +192,11 @@ fn solvers_and_models_know_no_files_of_the_output() {
 
 #[test]
 fn unsafe_stays_where_it_is_needed() {
+    // `(unsafe_code` is where the lint is switched off.
+    let words = ["unsafe {", "unsafe fn", "unsafe impl", "unsafe extern", "(unsafe_code"];
     for under in ["src", "formats/src"] {
-        let places = offenders(under, &["unsafe {", "unsafe fn", "unsafe impl"], &MAY_BE_UNSAFE);
+        let mut places = offenders(under, &words, &MAY_BE_UNSAFE);
+        places.retain(|place| !place.contains("#![deny(unsafe_code)]"));
         assert_none("unsafe code elsewhere", &places);
     }
     let lib = fs::read_to_string(root().join("formats/src/lib.rs")).unwrap();

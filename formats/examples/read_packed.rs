@@ -17,13 +17,19 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 /// Opens a checkpoint of any format and prints the tensor to `out`.
-pub(crate) fn print_first_row(path: &Path, name: &str, out: &mut impl Write) -> Result<(), Box<dyn Error>> {
+pub(crate) fn print_first_row(
+    path: &Path,
+    name: &str,
+    out: &mut impl Write,
+) -> Result<(), Box<dyn Error>> {
     let checkpoint = open(path)?;
     let info = checkpoint.tensors().get(name).ok_or("there is no such tensor")?;
     writeln!(out, "{name}: {:?}, {}, {} bytes", info.shape, info.encoding, info.stored_bytes)?;
-    let parts = checkpoint.components(name)?;
-    let mut row = vec![0.0; MatrixShape::of(&info.shape).cols];
-    info.encoding.decode_f32(name, &info.shape, &parts, 0..1, &mut row)?;
+    let MatrixShape { rows: 1.., cols } = MatrixShape::of(&info.shape) else {
+        return Err("the tensor has no rows".into());
+    };
+    let mut row = vec![0.0; cols];
+    checkpoint.read_rows_f32(name, 0..1, &mut row)?;
     writeln!(out, "{row:?}")?;
     Ok(())
 }

@@ -144,7 +144,8 @@ fn products_that_cannot_fail_saturate() {
     assert_eq!(MatrixShape::of(&[MAX, 2, 0, 3]).rows, 0);
     let elements = |shape: &[usize]| {
         let encoding = Encoding::Dense { dtype: DType::U8 };
-        TensorInfo { name: NAME.into(), encoding, shape: shape.to_vec(), stored_bytes: 0 }.elements()
+        TensorInfo { name: NAME.into(), encoding, shape: shape.to_vec(), stored_bytes: 0 }
+            .elements()
     };
     assert_eq!(elements(&[MAX, 2]), MAX);
     assert_eq!(elements(&[MAX, 2, 0]), 0);
@@ -184,10 +185,7 @@ fn the_writer_refuses_sums_that_overflow() {
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "parts stay behind");
         error.to_string().replace(&format!("{}", dir.path().display()), "DIR")
     };
-    assert_eq!(
-        refusal(&[shard(&["a", "b", "c"])]),
-        "tensor `c`: the size of the shard overflows"
-    );
+    assert_eq!(refusal(&[shard(&["a", "b", "c"])]), "tensor `c`: the size of the shard overflows");
     // Two tensors of isize::MAX bytes leave room for one byte.
     let two = refusal(&[shard(&["a", "b"])]);
     assert!(

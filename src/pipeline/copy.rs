@@ -193,7 +193,7 @@ pub(super) fn stream_rows(
         }
         _ => {
             let mut row = 0;
-            while row < matrix.rows {
+            while row < matrix.rows && matrix.cols > 0 {
                 let rows = row..(row + rows_at_once).min(matrix.rows);
                 row = rows.end;
                 let values = source.read_rows_f32(name, rows.clone())?;

@@ -35,22 +35,21 @@ fn run(u: &mut Unstructured<'_>) -> Result<()> {
     let (mut out, mut out_f32) = (slice(u, bytes)?, vec![0.0; rows * cols]);
 
     let mut decoded = vec![];
-    let whole = sparse24::decode("w", dtype, matrix, &values, &metadata, range.clone(), &mut decoded);
+    let whole =
+        sparse24::decode("w", dtype, matrix, &values, &metadata, range.clone(), &mut decoded);
     let into =
         sparse24::decode_into("w", dtype, matrix, &values, &metadata, range.clone(), &mut out);
     if whole.is_ok() && into.is_ok() {
         assert_eq!(decoded, out);
     }
-    let _ = sparse24::decode_f32(
-        "w", dtype, matrix, &values, &metadata, range.clone(), &mut out_f32,
-    );
+    let _ =
+        sparse24::decode_f32("w", dtype, matrix, &values, &metadata, range.clone(), &mut out_f32);
     let dense = slice(u, bytes)?;
     let (mut packed, mut nibbles) = (vec![], vec![]);
     let encoded = sparse24::encode("w", dtype, matrix, &dense, &mut packed, &mut nibbles);
     let (mut packed_into, mut nibbles_into) = (values, metadata);
-    let into = sparse24::encode_into(
-        "w", dtype, matrix, &dense, &mut packed_into, &mut nibbles_into,
-    );
+    let into =
+        sparse24::encode_into("w", dtype, matrix, &dense, &mut packed_into, &mut nibbles_into);
     if into.is_ok() {
         assert_eq!((&packed, &nibbles), (&packed_into, &nibbles_into));
     }

@@ -23,8 +23,7 @@ impl Scratch {
     /// An empty directory that goes away with the value.
     pub fn new() -> Self {
         let memory = Path::new("/dev/shm");
-        let made =
-            if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() };
+        let made = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() };
         Self(made.expect("a temporary directory"))
     }
 
@@ -172,6 +171,15 @@ pub fn read_everything(reader: &dyn CheckpointReader) {
         }
         let decoded = check_decoding(&info.name, info.encoding, &info.shape, &parts);
         assert_eq!(values.is_ok(), decoded && info.encoding.value_dtype().is_float_weight());
+        let rows = MatrixShape::of(&info.shape).rows;
+        let last = rows.saturating_sub(1)..rows;
+        let (mut read, mut expected) = (vec![], vec![]);
+        let found = reader.read_rows_dense(&info.name, last.clone(), &mut read).is_ok();
+        let decodes = info
+            .encoding
+            .decode_dense(&info.name, &info.shape, &parts, last, &mut expected)
+            .is_ok();
+        assert_eq!((found, read), (decodes, expected), "{info:?}");
     }
     reader.release(&names);
 }

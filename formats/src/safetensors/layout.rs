@@ -103,11 +103,12 @@ fn lay_out_shard(path: &Path, name: String, shard: &ShardLayout) -> Result<FileL
         });
     }
     let bytes = header.to_bytes(path)?;
-    let file_bytes = end.checked_add(bytes.len() as u64).ok_or_else(|| FormatError::InvalidHeader {
-        path: path.to_owned(),
-        offset: bytes.len() as u64,
-        what: format!("{end} bytes of data and the header overflow"),
-    })?;
+    let file_bytes =
+        end.checked_add(bytes.len() as u64).ok_or_else(|| FormatError::InvalidHeader {
+            path: path.to_owned(),
+            offset: bytes.len() as u64,
+            what: format!("{end} bytes of data and the header overflow"),
+        })?;
     // What the reader would refuse is refused now, in its words.
     declared::logical_tensors(path, &Header::parse(path, &bytes, file_bytes)?)?;
     let mut tensors: Vec<(String, Vec<Place>)> =
