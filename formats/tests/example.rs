@@ -1,5 +1,7 @@
 //! The example of the crate, on a packed tensor and on a GGUF file.
 
+#![allow(clippy::unwrap_used, reason = "the helpers of these tests are test code too")]
+
 #[path = "../examples/read_packed.rs"]
 #[expect(dead_code, reason = "its `main` is for the command line")]
 mod read_packed;

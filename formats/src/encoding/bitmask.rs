@@ -20,7 +20,7 @@
 
 use std::ops::Range;
 
-use super::{Component, MatrixShape, dense, mask};
+use super::{Component, MatrixShape, dense, mask, row_scratch};
 use crate::{DType, FormatError, Result};
 
 /// Rows from one offset to the next.
@@ -168,7 +168,7 @@ impl Codec<'_> {
         out: &mut [f32],
     ) -> Result<()> {
         let width = self.dtype.size_bytes();
-        let mut scratch = vec![0; self.matrix.cols * width];
+        let mut scratch = row_scratch(&rows, self.matrix.cols * width);
         let mut out_rows = out.chunks_exact_mut(self.matrix.cols.max(1));
         self.decode_rows(rows, parts, |values, mask| {
             mask::spread(width, values, mask, &mut scratch);

@@ -23,7 +23,7 @@ use std::ops::Range;
 use super::{
     Component, MatrixShape, dense,
     mask::{self, gather, mark, spread},
-    sparse24,
+    row_scratch, sparse24,
 };
 use crate::{DType, FormatError, Result};
 
@@ -167,7 +167,7 @@ impl Codec<'_> {
         out: &mut [f32],
     ) -> Result<()> {
         let width = self.dtype.size_bytes();
-        let mut scratch = vec![0; self.matrix.cols * width];
+        let mut scratch = row_scratch(&rows, self.matrix.cols * width);
         let mut out_rows = out.chunks_exact_mut(self.matrix.cols.max(1));
         self.decode_rows(rows, parts, |values, bits| {
             spread(width, values, bits, &mut scratch);

@@ -28,6 +28,7 @@ use super::{
     ct_sparse24::{check, check_shape, component, component_name, shape_bytes},
     dense,
     mask::{self, gather, mark, spread},
+    row_scratch,
 };
 use crate::{DType, FormatError, Result};
 
@@ -144,7 +145,7 @@ impl Codec<'_> {
         out: &mut [f32],
     ) -> Result<()> {
         let width = self.dtype.size_bytes();
-        let mut scratch = vec![0; self.matrix.cols * width];
+        let mut scratch = row_scratch(&rows, self.matrix.cols * width);
         let mut out_rows = out.chunks_exact_mut(self.matrix.cols.max(1));
         self.decode_rows(rows, parts, |values, bits| {
             spread(width, values, bits, &mut scratch);

@@ -284,7 +284,7 @@ impl Encoding {
             });
         }
         dense::check_float(name, self.value_dtype())?;
-        if rows.is_empty() || is_empty(parts) {
+        if is_empty(parts) {
             return Ok(());
         }
         match self {
@@ -333,7 +333,7 @@ impl Encoding {
         let parts: &[&[u8]] = &parts.iter().map(AsRef::as_ref).collect::<Vec<_>>();
         self.check_parts(name, shape, parts)?;
         check_rows(name, &rows, matrix.rows)?;
-        if rows.is_empty() || is_empty(parts) {
+        if is_empty(parts) {
             return Ok(());
         }
         match self {
@@ -397,6 +397,11 @@ impl Encoding {
 /// or columns without rows.
 fn is_empty(parts: &[&[u8]]) -> bool {
     parts.iter().all(|part| part.is_empty())
+}
+
+/// Room for one row of those that are asked for: columns without rows can be any number too.
+fn row_scratch(rows: &std::ops::Range<usize>, row_bytes: usize) -> Vec<u8> {
+    vec![0; if rows.is_empty() { 0 } else { row_bytes }]
 }
 
 /// Refuses rows that a tensor does not have.
