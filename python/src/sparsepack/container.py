@@ -105,7 +105,7 @@ class ContainerCheckpoint(Checkpoint):
             opened.seek(chunk.offset)
             frames = Frames([opened.read(size) for size in chunk.frames], chunk.offset)
             join(frames, chunk.mask, dtype, part)
-        if hashlib.sha256(memoryview(out.numpy())).hexdigest() != stored.sha256:
+        if hashlib.sha256(out.numpy().data).hexdigest() != stored.sha256:
             raise MalformedError(f"sha256 of the decoded bytes is not {stored.sha256}")
         return out.view(dtype).view(shape)
 

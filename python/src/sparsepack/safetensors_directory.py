@@ -105,6 +105,9 @@ class SafetensorsCheckpoint(Checkpoint):
             except MalformedError as wrong:
                 raise FormatError(self.path, str(wrong), name) from None
             self._claim(name, packed[name], module, owners)
+        for stored_name, stored in self._stored.items():
+            if stored_name not in owners and stored_name.endswith((compressed_tensors.BITMASK, compressed_tensors.ROW_OFFSETS)):
+                raise FormatError(stored.file, "stored without the other components", stored_name)
 
     def _check_neighbours(self, packed: dict[str, Encoding]) -> None:
         """Beside its components, neither a tensor's own name nor the name with another suffix may be stored."""
