@@ -9,8 +9,8 @@
 //! ```
 //!
 //! A component's bytes are cut into chunks of `chunk_bytes`; a chunk is split into byte planes
-//! ([`planes`]) and each plane is a zstd frame of its own, with content size and checksum. Index and
-//! records are JSON ([`index`]).
+//! (`planes.rs`) and each plane is a zstd frame of its own, with content size and checksum. Index and
+//! records are JSON (`index.rs`).
 //!
 //! The invariant: the frames tile the file. The whole of it is a legal zstd stream, so `zstd -t`
 //! checks every frame, and whatever is not in the index is refused.
