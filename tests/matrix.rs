@@ -44,35 +44,54 @@ fn rows() -> Vec<Row> {
                 (Zst, "sparsepack; `python/`; each frame, any zstd (`.ci/interop.py`)"),
             ][..],
         ),
-        row("sparse24", "2:4", Encoding::Sparse24 { dtype }, &[(Packed, OURS)]),
-        row("nm", "n:m, here 4:8", Encoding::Nm { n: 4, m: 8, dtype }, &[(Packed, OURS)]),
-        row("bitmask", "any, here 50 %", Encoding::Bitmask { dtype, kept }, &[(Packed, OURS)]),
+        row("sparse24", "2:4", Encoding::Sparse24 { dtype }, &[(Packed, OURS), (Zst, OURS)]),
+        row(
+            "nm",
+            "n:m, here 4:8",
+            Encoding::Nm { n: 4, m: 8, dtype },
+            &[(Packed, OURS), (Zst, OURS)],
+        ),
+        row(
+            "bitmask",
+            "any, here 50 %",
+            Encoding::Bitmask { dtype, kept },
+            &[(Packed, OURS), (Zst, OURS)],
+        ),
         row(
             "torch-cutlass",
             "2:4",
             Encoding::TorchCutlass { dtype },
-            &[(
-                TorchCutlass,
-                "sparsepack; `python/`, on a GPU as `torch.sparse` weights without repacking",
-            )],
+            &[
+                (
+                    TorchCutlass,
+                    "sparsepack; `python/`, on a GPU as `torch.sparse` weights without repacking",
+                ),
+                (Zst, OURS),
+            ],
         ),
         row(
             "sparse-24-bitmask",
             "2:4, legacy",
             Encoding::CtSparse24Bitmask { dtype },
-            &[(
-                CompressedTensors,
-                "transformers 4.57 with compressed-tensors 0.14.0.1 (`.ci/legacy_ct.py`); sparsepack; `python/`",
-            )],
+            &[
+                (
+                    CompressedTensors,
+                    "transformers 4.57 with compressed-tensors 0.14.0.1 (`.ci/legacy_ct.py`); sparsepack; `python/`",
+                ),
+                (Zst, OURS),
+            ],
         ),
         row(
             "sparse-bitmask",
             "any, legacy; here 50 %",
             Encoding::CtSparseBitmask { dtype, kept },
-            &[(
-                CompressedTensors,
-                "compressed-tensors 0.14.0.1 (`.ci/legacy_ct.py`); sparsepack; `python/`",
-            )],
+            &[
+                (
+                    CompressedTensors,
+                    "compressed-tensors 0.14.0.1 (`.ci/legacy_ct.py`); sparsepack; `python/`",
+                ),
+                (Zst, OURS),
+            ],
         ),
     ];
     for (key, ty) in [

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# Tensors here are tiny: threads that wait for each other would take most of the time.
+torch.set_num_threads(1)
+
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "fixtures/model"
 

@@ -216,7 +216,9 @@ def test_sparse_24_bitmask_example() -> None:
         compressed_tensors.decode_24(compressed, bits)
 
 
-@pytest.mark.parametrize(("values", "bits"), [([1, 2, -3, 4, 5, 6, 7], "69 1c"), ([1, 2, -3, 4, 0, 0, 5, 6, 7], "69 1f")])
+@pytest.mark.parametrize(
+    ("values", "bits"), [([1, 2, -3, 4, 5, 6, 7], "69 1c"), ([1, 2, -3, 4, 0, 0, 5, 6, 7], "69 1f")]
+)
 def test_sparse_bitmask_examples(values: list[int], bits: str) -> None:
     compressed = torch.tensor(values, dtype=torch.bfloat16)
     out = compressed_tensors.decode_bitmask(compressed, as_bytes(bits).view(2, 1), torch.tensor([0, 4]), 8)
@@ -233,9 +235,7 @@ def test_sparse_bitmask_examples(values: list[int], bits: str) -> None:
 )
 def test_sparse_bitmask_offsets_are_checked(offsets: list[int], message: str) -> None:
     with refuses(message):
-        compressed_tensors.decode_bitmask(
-            torch.ones(7), as_bytes("69 1c").view(2, 1), torch.tensor(offsets), columns=8
-        )
+        compressed_tensors.decode_bitmask(torch.ones(7), as_bytes("69 1c").view(2, 1), torch.tensor(offsets), columns=8)
 
 
 def test_sparse_bitmask_needs_all_its_values() -> None:
@@ -259,9 +259,15 @@ def test_sparse_bitmask_needs_all_its_values() -> None:
         ({"encoding": "sparse24", "dtype": "F32", "shape": [2, True]}, "shape is [2, True] (expected a list of sizes)"),
         ({"encoding": "nm", "dtype": "F32", "shape": [2, 8], "n": 8, "m": 8}, "declared n is 8 (expected 1 to 7)"),
         ({"encoding": "nm", "dtype": "F32", "shape": [2, 8], "n": 1, "m": 17}, "declared m is 17 (expected 2 to 16)"),
-        ({"encoding": "nm", "dtype": "F32", "shape": [2, 8], "n": 2, "m": 4}, "2:4 is declared as nm (expected sparse24)"),
+        (
+            {"encoding": "nm", "dtype": "F32", "shape": [2, 8], "n": 2, "m": 4},
+            "2:4 is declared as nm (expected sparse24)",
+        ),
         ({"encoding": "nm", "dtype": "F32", "shape": [2, 8], "n": 1, "m": 3}, "8 columns are not whole groups of 3"),
-        ({"encoding": "bitmask", "dtype": "F32", "shape": [2, 8], "kept": 17}, "declared kept is 17 (expected 0 to 16)"),
+        (
+            {"encoding": "bitmask", "dtype": "F32", "shape": [2, 8], "kept": 17},
+            "declared kept is 17 (expected 0 to 16)",
+        ),
         (
             {"encoding": "torch-cutlass", "dtype": "F32", "shape": [32, 64]},
             "F32 has no CUTLASS layout (F16, BF16 and I8 have)",

@@ -196,7 +196,9 @@ def test_two_checkpoints_in_a_directory(copy: Make) -> None:
 
 
 def test_an_empty_directory(tmp_path: Path) -> None:
-    refuses(tmp_path, None, "no model.safetensors, index of shards or model.spz in the directory (expected one of them)")
+    refuses(
+        tmp_path, None, "no model.safetensors, index of shards or model.spz in the directory (expected one of them)"
+    )
 
 
 # compressed-tensors

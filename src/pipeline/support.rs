@@ -8,19 +8,21 @@ use super::{
 };
 use crate::recipe::OutputFormat;
 
-/// Whether tensors of this encoding can stand in an output of this format.
+/// Whether tensors of this encoding can stand in an output of this format. What is compressed is dense,
+/// or, where a directory is archived as it is, anything that safetensors hold.
 pub fn supports(format: OutputFormat, encoding: Encoding) -> bool {
+    let archived = format == OutputFormat::Zst;
     match encoding {
         Encoding::Dense { dtype } => {
             let in_ggml = matches!(dtype, DType::F32 | DType::F16 | DType::Bf16);
             format != OutputFormat::Gguf || in_ggml
         }
         Encoding::Sparse24 { .. } | Encoding::Nm { .. } | Encoding::Bitmask { .. } => {
-            format == OutputFormat::Packed
+            archived || format == OutputFormat::Packed
         }
-        Encoding::TorchCutlass { .. } => format == OutputFormat::TorchCutlass,
+        Encoding::TorchCutlass { .. } => archived || format == OutputFormat::TorchCutlass,
         Encoding::CtSparse24Bitmask { .. } | Encoding::CtSparseBitmask { .. } => {
-            format == OutputFormat::CompressedTensors
+            archived || format == OutputFormat::CompressedTensors
         }
         Encoding::Ggml { .. } => format == OutputFormat::Gguf,
         _ => false,

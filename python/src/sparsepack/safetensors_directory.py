@@ -106,7 +106,9 @@ class SafetensorsCheckpoint(Checkpoint):
                 raise FormatError(self.path, str(wrong), name) from None
             self._claim(name, packed[name], module, owners)
         for stored_name, stored in self._stored.items():
-            if stored_name not in owners and stored_name.endswith((compressed_tensors.BITMASK, compressed_tensors.ROW_OFFSETS)):
+            if stored_name not in owners and stored_name.endswith(
+                (compressed_tensors.BITMASK, compressed_tensors.ROW_OFFSETS)
+            ):
                 raise FormatError(stored.file, "stored without the other components", stored_name)
 
     def _check_neighbours(self, packed: dict[str, Encoding]) -> None:
