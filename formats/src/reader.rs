@@ -168,9 +168,13 @@ pub trait CheckpointReader: Send + Sync + std::fmt::Debug {
             what: format!("{} values do not fit in memory", info.elements()),
         })?;
         out.resize(info.elements(), 0.0);
-        // Rows without columns are legal, in any number.
-        let rows = if cols == 0 { 0 } else { rows };
-        let at_once = (DECODE_VALUES / cols.max(1)).max(1);
+        if out.is_empty() {
+            // Nothing to decode, but its type and metadata must be right all the same. Rows without
+            // columns are legal, in any number.
+            self.read_rows_f32(name, 0..rows, &mut out)?;
+            return Ok(out);
+        }
+        let at_once = (DECODE_VALUES / cols).max(1);
         for start in (0..rows).step_by(at_once) {
             let end = rows.min(start + at_once);
             self.read_rows_f32(name, start..end, &mut out[start * cols..end * cols])?;

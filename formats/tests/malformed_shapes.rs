@@ -3,15 +3,17 @@
 
 #![allow(clippy::unwrap_used, reason = "the helpers of these tests are test code too")]
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 use sparsepack_formats::{
     DType, Encoder, Encoding, FormatError, GgmlType, MappedFile, SafetensorsWriter, ShardLayout,
     Survey, TensorIndex, TensorInfo,
     encoding::{MatrixShape, ggml, nm, sparse24},
+    open,
     safetensors::SafetensorsReader,
 };
+use tempfile::TempDir;
 
 const MAX: usize = usize::MAX;
 
@@ -80,6 +82,10 @@ fn the_largest_shapes_that_fit_are_accepted() {
     refused(floats, &[1 << 30, 1 << 31]);
     assert_eq!(floats.components(NAME, &[]).unwrap()[0].bytes, 4);
     assert_eq!(floats.components(NAME, &[0, 1 << 60]).unwrap()[0].bytes, 0);
+    // Eight bytes of offsets for each row.
+    let encoding = Encoding::CtSparseBitmask { dtype: DType::I8, kept: 0 };
+    refused(encoding, &[1 << 61, 0]);
+    assert!(encoding.components(NAME, &[1 << 59, 0]).is_ok());
     // Decoded to f32 these are 2^63 bytes; the blocks are much smaller.
     refused(Encoding::Ggml { ty: GgmlType::Q2_K }, &[1 << 53, 256]);
 }
@@ -152,13 +158,33 @@ fn products_that_cannot_fail_saturate() {
     assert_eq!(elements(&[2, 3, 4]), 24);
 }
 
-#[test]
-fn the_reader_refuses_an_empty_tensor_whose_other_dimensions_overflow() {
-    let header = format!(r#"{{"a":{{"dtype":"F32","shape":[0,{MAX}],"data_offsets":[0,0]}}}}"#);
-    let dir = tempfile::tempdir().unwrap();
+/// A file with an empty tensor `a`.
+fn empty_tensor(dir: &TempDir, dtype: &str, shape: &[usize]) -> PathBuf {
+    let header = format!(r#"{{"a":{{"dtype":"{dtype}","shape":{shape:?},"data_offsets":[0,0]}}}}"#);
     let path = dir.path().join("m.safetensors");
     let bytes = [&(header.len() as u64).to_le_bytes(), header.as_bytes()].concat();
     std::fs::write(&path, bytes).unwrap();
+    path
+}
+
+#[test]
+fn an_empty_tensor_of_integers_is_no_weight_either() {
+    let dir = tempfile::tempdir().unwrap();
+    for shape in [[0, 4], [4, 0], [1 << 59, 0]] {
+        let error = open(&empty_tensor(&dir, "I32", &shape)).unwrap().read_f32("a").unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "tensor `a`: I32 values are not weights; expected F32, F16, BF16 or F8_E4M3"
+        );
+        let floats = open(&empty_tensor(&dir, "F32", &shape)).unwrap().read_f32("a").unwrap();
+        assert!(floats.is_empty());
+    }
+}
+
+#[test]
+fn the_reader_refuses_an_empty_tensor_whose_other_dimensions_overflow() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = empty_tensor(&dir, "F32", &[0, MAX]);
     let error = SafetensorsReader::open_file(MappedFile::open(&path).unwrap()).unwrap_err();
     assert!(matches!(error, FormatError::InvalidTensor { .. }), "{error:?}");
     assert_eq!(

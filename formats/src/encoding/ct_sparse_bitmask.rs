@@ -40,6 +40,13 @@ pub(super) fn components(
     shape: &[usize],
 ) -> Result<Vec<Component>> {
     let (rows, cols) = check(name, "sparse-bitmask", dtype, shape)?;
+    // With few columns the offsets are larger than the matrix.
+    if dense::size_bytes(DType::I64, &[rows]).is_none() {
+        return Err(FormatError::Encoding {
+            name: name.to_owned(),
+            what: format!("the size of shape {shape:?} overflows"),
+        });
+    }
     let elements = rows as u64 * cols as u64;
     let Some(values) = usize::try_from(kept).ok().filter(|_| kept <= elements) else {
         return Err(FormatError::Encoding {
