@@ -209,7 +209,7 @@ fn the_worked_example() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(40))]
+    #![proptest_config(ProptestConfig::with_cases(24))]
 
     #[test]
     fn any_values_of_any_type_survive(
