@@ -43,6 +43,25 @@ fn an_archive_gives_back_every_file() {
     }
 }
 
+#[test]
+fn an_archive_of_a_packed_directory_stays_packed() {
+    for (format, sparsity) in [
+        ("packed", "2:4"),
+        ("packed", "4:8"),
+        ("packed", "50%"),
+        ("torch-cutlass", "2:4"),
+        ("compressed-tensors", "2:4"),
+        ("compressed-tensors", "50%"),
+    ] {
+        let dir = Dir::new();
+        let packed = dir.join("packed");
+        let prune = ["--prune", "magnitude", "--sparsity", sparsity, "--format", format];
+        convert(&fixture("model"), &packed).args(prune).succeeds();
+        fs::remove_file(packed.join("manifest.json")).unwrap();
+        assert_archives(&dir, &packed);
+    }
+}
+
 /// The files of a directory with their headers as no writer of ours makes them.
 fn rewrite_headers(dir: &Path) {
     for entry in fs::read_dir(dir).unwrap() {
