@@ -57,10 +57,16 @@ def test_iterate_decodes_one_tensor_at_a_time(packed: Make, monkeypatch: pytest.
     assert decoded == names
 
 
-def test_an_archive_of_a_packed_directory(packed: Make, dense: Make, tmp_path: Path) -> None:
-    run("convert", packed("sparse24"), "-o", tmp_path / "archive", "--format", "zst")
-    read, expected = sparsepack.read(tmp_path / "archive"), load_file(dense("sparse24") / "model.safetensors")
-    assert read.keys() == expected.keys()
+@pytest.mark.parametrize(
+    "name", ["sparse24", "nm-4-8", "bitmask", "torch-cutlass", "sparse-24-bitmask", "sparse-bitmask"]
+)
+def test_an_archive_keeps_the_encodings(name: str, packed: Make, tmp_path: Path) -> None:
+    run("convert", packed(name), "-o", tmp_path / "archive", "--format", "zst")
+    archive, directory = (sparsepack.open_checkpoint(path) for path in (tmp_path / "archive", packed(name)))
+    assert {key: value.name for key, value in archive.encodings.items()} == {
+        key: value.name for key, value in directory.encodings.items()
+    }
+    read, expected = dict(archive), dict(directory)
     assert all(same_bits(read[key], expected[key]) for key in expected)
 
 

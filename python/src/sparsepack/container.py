@@ -166,7 +166,7 @@ def chunk_bytes_of(fields: dict[str, Any]) -> int:
 def parse_tensor(entry: dict[str, Any], chunk_bytes: int) -> tuple[Encoding, list[StoredComponent]]:
     """A tensor of the index; its chunks and frames are counted against encoding, shape and chunk size."""
     declaration = {key: value for key, value in entry.items() if key not in ("name", "components")}
-    encoding = encodings.declared(declaration, allow_dense=True)
+    encoding = encodings.declared(declaration, in_container=True)
     found = field(entry, "components", list)
     wanted = encoding.components()
     if len(found) != len(wanted):

@@ -45,7 +45,7 @@ class Hardware:
     def problem(self) -> str | None:
         """Why no weight can be semi-structured on this device, or nothing."""
         if self.capability is None:
-            return f"{self.device} is not an NVIDIA GPU"
+            return f"torch has no NVIDIA GPU as {self.device}" if self.device.type == "cuda" else f"on {self.device}"
         major, minor = self.capability
         if major < 8:
             return f"compute capability {major}.{minor} of {self.device} is below 8.0"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..dtypes import dtype_of
 from ..errors import MalformedError
-from .base import Component, Encoding, shape_of
+from . import compressed_tensors
+from .base import Component, Encoding
 from .bitmask import Bitmask
 from .dense import Dense
 from .nm import NM
@@ -23,16 +23,20 @@ _DECLARED: dict[str, Callable[[Mapping[str, Any]], Encoding]] = {
     "torch-cutlass": TorchCutlass.declared,
 }
 
+# Safetensors directories tell these by config.json.
+_DECLARED_IN_CONTAINERS: dict[str, Callable[[Mapping[str, Any]], Encoding]] = {
+    "dense": Dense.declared,
+    compressed_tensors.DECLARED_24: compressed_tensors.Sparse24Bitmask.declared,
+    compressed_tensors.DECLARED: compressed_tensors.SparseBitmask.declared,
+}
 
-def declared(declaration: object, allow_dense: bool = False) -> Encoding:
-    """The encoding that a declaration describes. Containers also declare ``dense`` tensors."""
+
+def declared(declaration: object, in_container: bool = False) -> Encoding:
+    """The encoding that a declaration describes. Containers declare every tensor, others packed ones."""
     if not isinstance(declaration, Mapping) or "encoding" not in declaration:
         raise MalformedError("declaration is not an object with an encoding")
     encoding = declaration["encoding"]
-    if encoding == "dense" and allow_dense:
-        if set(declaration) != {"encoding", "dtype", "shape"}:
-            raise MalformedError(f"declaration has keys {sorted(declaration)}")
-        return Dense(dtype_of(declaration["dtype"]), shape_of(declaration["shape"]))
-    if not isinstance(encoding, str) or encoding not in _DECLARED:
+    known = _DECLARED | _DECLARED_IN_CONTAINERS if in_container else _DECLARED
+    if not isinstance(encoding, str) or encoding not in known:
         raise MalformedError(f"unknown encoding {encoding!r}")
-    return _DECLARED[encoding](declaration)
+    return known[encoding](declaration)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ..dtypes import bits_of
 from ..errors import MalformedError
-from .base import Component, first, row_blocks, unpack_bits
+from .base import Component, count_of, declared_matrix, first, row_blocks, unpack_bits
 
 SPARSE_24 = "sparse-24-bitmask"
 SPARSE = "sparse-bitmask"
+# What a container calls them, which cannot tell them by config.json.
+DECLARED_24, DECLARED = "ct-sparse24-bitmask", "ct-sparse-bitmask"
 STORABLE = {torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int8}
 # Component suffixes, in the place of ".weight".
 COMPRESSED, BITMASK, SHAPE, ROW_OFFSETS = ".compressed", ".bitmask", ".shape", ".row_offsets"
@@ -26,6 +29,12 @@ class Sparse24Bitmask:
     dtype: torch.dtype
     shape: tuple[int, int]
     name: str = SPARSE_24
+
+    @classmethod
+    def declared(cls, declaration: Mapping[str, Any]) -> Sparse24Bitmask:
+        dtype, shape = declared_matrix(declaration, set())
+        check_storable(dtype, shape, SPARSE_24)
+        return cls(dtype, shape)
 
     def components(self) -> list[Component]:
         rows, columns = self.shape
@@ -49,6 +58,12 @@ class SparseBitmask:
     kept: int
     name: str = SPARSE
 
+    @classmethod
+    def declared(cls, declaration: Mapping[str, Any]) -> SparseBitmask:
+        dtype, shape = declared_matrix(declaration, {"kept"})
+        check_storable(dtype, shape, SPARSE)
+        return cls(dtype, shape, count_of(declaration, "kept", 0, shape[0] * shape[1]))
+
     def components(self) -> list[Component]:
         rows, columns = self.shape
         return [
@@ -64,21 +79,26 @@ class SparseBitmask:
 
 
 def inferred(format_name: str, compressed: Component, shape: torch.Tensor) -> Sparse24Bitmask | SparseBitmask:
-    """The encoding of a weight, from what is stored: nothing declares it but ``.shape``."""
-    if compressed.dtype not in STORABLE:
-        raise MalformedError(f"element type {compressed.dtype} cannot be stored as {format_name}")
+    """The encoding of a weight in a safetensors directory, where nothing declares it but ``.shape``."""
     if shape.dtype != torch.int64 or shape.numel() != 2:
         raise MalformedError(f"{SHAPE} is {shape.dtype} {list(shape.shape)} (expected two I64)")
     rows, columns = (int(size) for size in shape.flatten())
     if rows < 0 or columns < 0:
         raise MalformedError(f"{SHAPE} is {rows}, {columns}")
+    check_storable(compressed.dtype, (rows, columns), format_name)
     if format_name == SPARSE_24:
-        if columns % 4:
-            raise MalformedError(f"{columns} columns are not whole groups of 4")
         return Sparse24Bitmask(compressed.dtype, (rows, columns))
     if len(compressed.shape) != 1:
         raise MalformedError(f"{COMPRESSED} has shape {list(compressed.shape)} (expected one dimension)")
     return SparseBitmask(compressed.dtype, (rows, columns), compressed.shape[0])
+
+
+def check_storable(dtype: torch.dtype, shape: tuple[int, int], format_name: str) -> None:
+    """Refuses types and shapes that a format does not hold."""
+    if dtype not in STORABLE:
+        raise MalformedError(f"element type {dtype} cannot be stored as {format_name}")
+    if format_name == SPARSE_24 and shape[1] % 4:
+        raise MalformedError(f"{shape[1]} columns are not whole groups of 4")
 
 
 def check_shape(stored: torch.Tensor, shape: tuple[int, int]) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from .base import Component
+from ..dtypes import dtype_of
+from ..errors import MalformedError
+from .base import Component, shape_of
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,12 @@ class Dense:
     dtype: torch.dtype
     shape: tuple[int, ...]
     name: str = "dense"
+
+    @classmethod
+    def declared(cls, declaration: Mapping[str, Any]) -> Dense:
+        if set(declaration) != {"encoding", "dtype", "shape"}:
+            raise MalformedError(f"declaration has keys {sorted(declaration)}")
+        return cls(dtype_of(declaration["dtype"]), shape_of(declaration["shape"]))
 
     def components(self) -> list[Component]:
         return [Component("", self.dtype, self.shape)]
