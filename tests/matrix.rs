@@ -64,7 +64,7 @@ fn rows() -> Vec<Row> {
             &[
                 (
                     TorchCutlass,
-                    "sparsepack; `python/`, on a GPU as `torch.sparse` weights without repacking",
+                    "sparsepack; `python/`, on a GPU of compute capability 8.x as `torch.sparse` weights without repacking",
                 ),
                 (Zst, OURS),
             ],
