@@ -23,6 +23,7 @@
 
 mod blocks256;
 mod blocks32;
+mod grid;
 mod mxfp4;
 mod quantize;
 
@@ -34,6 +35,7 @@ use half::f16;
 use super::{MatrixShape, dense};
 use crate::{DType, FormatError, GgmlType, Result};
 
+pub use grid::{BlockGrid, BlockScales, MAX_GROUPS, assemble};
 pub use quantize::encode;
 
 /// A block of `LEN` elements as it lies in a file: byte fields only, so it needs no alignment.

@@ -7,6 +7,7 @@
 use bytemuck::Zeroable;
 
 use super::{Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, search};
+use crate::encoding::ggml::grid::{Assemble, BlockScales};
 use crate::encoding::ggml::quantize::{Quantize, largest, magnitude, to_scale};
 use crate::encoding::ggml::scale;
 use search::{Grid, Groups, LANES, Lanes, SMALLEST, round_within};
@@ -28,7 +29,13 @@ impl Quantize<256> for Q6_K {
         let d = to_scale(1.0 / inverse)?;
         let scales = scales.map(|s| round_within(inverse * s, -128.0, 127.0));
         symmetric_codes(values, scale(d), &scales, 32.0, &mut codes);
-        let mut block = Self { ql: [0; 128], qh: [0; 64], scales: scales.map(|s| s as i8), d };
+        Some(Self::pack(d, scales.map(|s| s as i8), &codes))
+    }
+}
+
+impl Q6_K {
+    fn pack(d: [u8; 2], scales: [i8; 16], codes: &[u8; 256]) -> Self {
+        let mut block = Self { ql: [0; 128], qh: [0; 64], scales, d };
         pack_two_bits(&codes.map(|q| q >> 4), &mut block.qh);
         for (ql, codes) in
             block.ql.as_chunks_mut::<64>().0.iter_mut().zip(codes.as_chunks::<128>().0)
@@ -37,7 +44,13 @@ impl Quantize<256> for Q6_K {
                 *ql = codes[j] & 0x0f | codes[j + 64] << 4;
             }
         }
-        Some(block)
+        block
+    }
+}
+
+impl Assemble<256> for Q6_K {
+    fn assemble(scales: &BlockScales, codes: &[u8; 256]) -> Self {
+        Self::pack(scales.d.to_le_bytes(), scales.scales, codes)
     }
 }
 
@@ -48,24 +61,35 @@ impl Quantize<256> for Q3_K {
             search::symmetric_by_code(x, 4.0, codes)
         })?;
         let (_, max_scale) = largest(&scales);
-        let mut block = Self::zeroed();
-        if max_scale == 0.0 {
-            block.d = to_scale(0.0)?;
+        let (d, scales) = if max_scale == 0.0 {
+            (to_scale(0.0)?, [-32.0; 16])
         } else {
             let inverse = -32.0 / max_scale;
-            block.d = to_scale(1.0 / inverse)?;
             let scales = scales.map(|s| round_within(inverse * s, -32.0, 31.0));
-            for (g, s) in scales.iter().enumerate() {
-                let bits = (s + 32.0) as u8;
-                block.scales[g % 8] |= (bits & 0x0f) << (g / 8 * 4);
-                block.scales[8 + g % 4] |= bits >> 4 << (g / 4 * 2);
-            }
+            (to_scale(1.0 / inverse)?, scales)
+        };
+        symmetric_codes(values, scale(d), &scales, 4.0, &mut codes);
+        Some(Self::pack(d, scales.map(|s| s as i8), &codes))
+    }
+}
+
+impl Q3_K {
+    fn pack(d: [u8; 2], scales: [i8; 16], codes: &[u8; 256]) -> Self {
+        let mut block = Self { d, ..Self::zeroed() };
+        for (g, s) in scales.iter().enumerate() {
+            let bits = s.wrapping_add(32) as u8;
+            block.scales[g % 8] |= (bits & 0x0f) << (g / 8 * 4);
+            block.scales[8 + g % 4] |= bits >> 4 << (g / 4 * 2);
         }
-        let scales = block.group_scales();
-        symmetric_codes(values, scale(block.d), &scales, 4.0, &mut codes);
         pack_one_bits(&codes.map(|q| q >> 2), &mut block.hmask);
         pack_two_bits(&codes.map(|q| q & 3), &mut block.qs);
-        Some(block)
+        block
+    }
+}
+
+impl Assemble<256> for Q3_K {
+    fn assemble(scales: &BlockScales, codes: &[u8; 256]) -> Self {
+        Self::pack(scales.d.to_le_bytes(), scales.scales, codes)
     }
 }
 
@@ -117,12 +141,29 @@ impl Quantize<256> for Q2_K {
         })?;
         let (d, dmin, groups) = fit.round(15.0)?;
         groups.codes(values, grid.top, &mut codes);
-        let mut block = Self { scales: [0; 16], qs: [0; 64], d, dmin };
-        for (g, byte) in block.scales.iter_mut().enumerate() {
-            *byte = groups.scale_codes[g] | groups.min_codes[g] << 4;
-        }
-        pack_two_bits(&codes, &mut block.qs);
-        Some(block)
+        Some(Self::pack(d, dmin, groups.scale_codes, groups.min_codes, &codes))
+    }
+}
+
+impl Q2_K {
+    fn pack(
+        d: [u8; 2],
+        dmin: [u8; 2],
+        scales: [u8; 16],
+        mins: [u8; 16],
+        codes: &[u8; 256],
+    ) -> Self {
+        let scales = std::array::from_fn(|g| scales[g] | mins[g] << 4);
+        let mut block = Self { scales, qs: [0; 64], d, dmin };
+        pack_two_bits(codes, &mut block.qs);
+        block
+    }
+}
+
+impl Assemble<256> for Q2_K {
+    fn assemble(scales: &BlockScales, codes: &[u8; 256]) -> Self {
+        let (integers, mins) = (scales.scales.map(|s| s as u8), scales.mins.map(|m| m as u8));
+        Self::pack(scales.d.to_le_bytes(), scales.dmin.to_le_bytes(), integers, mins, codes)
     }
 }
 
@@ -130,9 +171,22 @@ impl Quantize<256> for Q4_K {
     fn quantize(values: &[f32; 256]) -> Option<Self> {
         let grid = Grid { top: 15.0, first: -1.0, count: 21 };
         let (d, dmin, scales, codes) = quantize_affine(values, &grid)?;
+        Some(Self::pack(d, dmin, scales, &codes))
+    }
+}
+
+impl Q4_K {
+    fn pack(d: [u8; 2], dmin: [u8; 2], scales: [u8; 12], codes: &[u8; 256]) -> Self {
         let mut block = Self { d, dmin, scales, qs: [0; 128] };
-        pack_four_bits(&codes, &mut block.qs);
-        Some(block)
+        pack_four_bits(codes, &mut block.qs);
+        block
+    }
+}
+
+impl Assemble<256> for Q4_K {
+    fn assemble(scales: &BlockScales, codes: &[u8; 256]) -> Self {
+        let (d, dmin) = (scales.d.to_le_bytes(), scales.dmin.to_le_bytes());
+        Self::pack(d, dmin, packed_scales_and_mins(scales), codes)
     }
 }
 
@@ -140,11 +194,29 @@ impl Quantize<256> for Q5_K {
     fn quantize(values: &[f32; 256]) -> Option<Self> {
         let grid = Grid { top: 31.0, first: -0.5, count: 16 };
         let (d, dmin, scales, codes) = quantize_affine(values, &grid)?;
+        Some(Self::pack(d, dmin, scales, &codes))
+    }
+}
+
+impl Q5_K {
+    fn pack(d: [u8; 2], dmin: [u8; 2], scales: [u8; 12], codes: &[u8; 256]) -> Self {
         let mut block = Self { d, dmin, scales, qh: [0; 32], qs: [0; 128] };
         pack_one_bits(&codes.map(|q| q >> 4), &mut block.qh);
         pack_four_bits(&codes.map(|q| q & 0x0f), &mut block.qs);
-        Some(block)
+        block
     }
+}
+
+impl Assemble<256> for Q5_K {
+    fn assemble(scales: &BlockScales, codes: &[u8; 256]) -> Self {
+        let (d, dmin) = (scales.d.to_le_bytes(), scales.dmin.to_le_bytes());
+        Self::pack(d, dmin, packed_scales_and_mins(scales), codes)
+    }
+}
+
+fn packed_scales_and_mins(scales: &BlockScales) -> [u8; 12] {
+    let first = |values: &[i8; 16]| std::array::from_fn(|g| values[g] as u8);
+    pack_scales_and_mins(first(&scales.scales), first(&scales.mins))
 }
 
 /// Scale of the scales, scale of the minima, packed scales, and codes of [`Q4_K`] and [`Q5_K`].

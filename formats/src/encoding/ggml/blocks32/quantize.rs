@@ -1,6 +1,7 @@
 //! Quantizers of the blocks of 32: one pass for the extremes, one for the codes.
 
 use super::{Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
+use crate::encoding::ggml::grid::{Assemble, BlockScales};
 use crate::encoding::ggml::quantize::{Quantize, inverse, largest, magnitude, to_scale};
 
 impl Quantize<32> for Q8_0 {
@@ -39,6 +40,24 @@ impl Quantize<32> for Q5_1 {
         let (d, m, codes) = unsigned_codes(values, 31.0);
         let (qh, qs) = (fifth_bits(&codes), pack_nibbles(&codes));
         Some(Self { d: to_scale(d)?, m: to_scale(m)?, qh, qs })
+    }
+}
+
+impl Assemble<32> for Q8_0 {
+    fn assemble(scales: &BlockScales, codes: &[u8; 32]) -> Self {
+        Self { d: scales.d.to_le_bytes(), qs: codes.map(|code| code.wrapping_sub(128) as i8) }
+    }
+}
+
+impl Assemble<32> for Q4_0 {
+    fn assemble(scales: &BlockScales, codes: &[u8; 32]) -> Self {
+        Self { d: scales.d.to_le_bytes(), qs: pack_nibbles(codes) }
+    }
+}
+
+impl Assemble<32> for Q5_0 {
+    fn assemble(scales: &BlockScales, codes: &[u8; 32]) -> Self {
+        Self { d: scales.d.to_le_bytes(), qh: fifth_bits(codes), qs: pack_nibbles(codes) }
     }
 }
 
