@@ -87,7 +87,7 @@ pub mod safetensors;
 
 pub use digest::{Digest, HashingWriter};
 pub use dtype::{DType, GgmlType};
-pub use encoding::{Component, Encoder, Encoding, Survey};
+pub use encoding::{Component, Encoder, Encoding, IntGrid, Kept, QuantizedRows, Survey};
 pub use error::{FormatError, Result};
 pub use file::OutputFile;
 pub use gguf::{GgufLayout, GgufWriter};

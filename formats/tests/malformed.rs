@@ -298,7 +298,7 @@ fn components_of_packed_tensors_are_checked() {
     refused!(
         packed(&[values, metadata], r#"{"w":{"encoding":"dense","dtype":"BF16","shape":[1,8]}}"#),
         InvalidTensor,
-        "m.safetensors: tensor `w`: the encoding BF16 cannot be declared in a safetensors file; expected sparse24, nm, bitmask or torch-cutlass"
+        "m.safetensors: tensor `w`: the encoding BF16 cannot be declared in a safetensors file; expected sparse24, nm, bitmask, torch-cutlass or int"
     );
     refused!(
         packed(

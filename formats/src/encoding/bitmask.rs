@@ -186,8 +186,24 @@ impl Codec<'_> {
         mut show: impl FnMut(&[u8], &[u8]),
     ) -> Result<()> {
         let [values, masks, offsets] = parts else { return Ok(()) };
-        let stride = mask::stride(self.matrix.cols);
         let width = self.dtype.size_bytes();
+        let end = rows.end;
+        self.each_row(rows, masks, offsets, |first, mask| {
+            show(&values[first * width..(first + mask::count(mask)) * width], mask);
+        })?;
+        if end == self.matrix.rows { self.check_end(values, offsets) } else { Ok(()) }
+    }
+
+    /// Shows for each row the number of its first value and its mask, once those of its 64 rows are
+    /// known to agree. All values are among the `kept` then.
+    pub(super) fn each_row(
+        &self,
+        rows: Range<usize>,
+        masks: &[u8],
+        offsets: &[u8],
+        mut show: impl FnMut(usize, &[u8]),
+    ) -> Result<()> {
+        let stride = mask::stride(self.matrix.cols);
         let blocks = match stride {
             // Rows without columns have nothing to show.
             0 => 0..0,
@@ -197,33 +213,30 @@ impl Codec<'_> {
             let first = block * STEP;
             let block_rows = first..(first + STEP).min(self.matrix.rows);
             let masks = &masks[first * stride..block_rows.end * stride];
-            let mut left = self.block_values(block, &block_rows, values, masks, offsets)?;
+            let mut first = self.first_of_block(block, &block_rows, masks, offsets)?;
             for (row, mask) in block_rows.zip(masks.chunks_exact(stride)) {
                 if !mask::is_padded(mask, self.matrix.cols) {
                     return Err(
                         self.refuse(".mask", format!("row {row}: an unused mask bit is not 0"))
                     );
                 }
-                // The counts add up to the length of what is left.
-                let (row_values, rest) = left.split_at(mask::count(mask) * width);
-                left = rest;
                 if rows.contains(&row) {
-                    show(row_values, mask);
+                    show(first, mask);
                 }
+                first += mask::count(mask);
             }
         }
-        if rows.end == self.matrix.rows { self.check_end(values, offsets) } else { Ok(()) }
+        Ok(())
     }
 
-    /// The values of 64 rows, whose number agrees with their masks.
-    fn block_values<'a>(
+    /// The number of the first value of 64 rows, as many as their masks say.
+    fn first_of_block(
         &self,
         block: usize,
         rows: &Range<usize>,
-        values: &'a [u8],
         masks: &[u8],
         offsets: &[u8],
-    ) -> Result<&'a [u8]> {
+    ) -> Result<usize> {
         let (start, end) = (offset(offsets, block), offset(offsets, block + 1));
         let count = mask::count(masks) as u64;
         if end.checked_sub(start) != Some(count) || end > self.kept || (block == 0 && start != 0) {
@@ -238,26 +251,32 @@ impl Codec<'_> {
                 ),
             ));
         }
-        // Both are at most `kept`, which is the length of `values`.
-        let width = self.dtype.size_bytes();
-        Ok(&values[start as usize * width..end as usize * width])
+        // At most `kept`, which is a length.
+        Ok(start as usize)
     }
 
-    /// Behind the last value there are zeros only.
-    fn check_end(&self, values: &[u8], offsets: &[u8]) -> Result<()> {
+    /// The number of values, as the last offset says.
+    ///
+    /// # Errors
+    /// [`FormatError::Encoding`] when it is more than `kept`.
+    pub(super) fn total(&self, offsets: &[u8]) -> Result<usize> {
         let total = offset(offsets, offsets_len(self.matrix.rows) - 1);
-        let end = usize::try_from(total).ok().and_then(|n| n.checked_mul(self.dtype.size_bytes()));
-        match end.and_then(|end| values.get(end..)) {
-            Some(rest) if rest.iter().all(|&byte| byte == 0) => Ok(()),
-            Some(_) => {
-                Err(self
-                    .refuse(".values", format!("after the last of {total} values not all is zero")))
-            }
-            None => Err(self.refuse(
+        match usize::try_from(total) {
+            Ok(count) if total <= self.kept => Ok(count),
+            _ => Err(self.refuse(
                 ".offsets",
                 format!("bitmask count not matching values ({total} of {})", self.kept),
             )),
         }
+    }
+
+    /// Behind the last value there are zeros only.
+    fn check_end(&self, values: &[u8], offsets: &[u8]) -> Result<()> {
+        let total = self.total(offsets)?;
+        if values[total * self.dtype.size_bytes()..].iter().all(|&byte| byte == 0) {
+            return Ok(());
+        }
+        Err(self.refuse(".values", format!("after the last of {total} values not all is zero")))
     }
 
     fn refuse(&self, suffix: &str, what: String) -> FormatError {
@@ -266,6 +285,11 @@ impl Codec<'_> {
 }
 
 impl State {
+    /// Values so far.
+    pub(super) fn count(&self) -> u64 {
+        self.count
+    }
+
     fn push_offset(&mut self, offsets: &mut Vec<u8>) {
         offsets.extend(self.count.to_le_bytes());
         self.offsets += 1;

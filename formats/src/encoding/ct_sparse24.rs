@@ -184,7 +184,7 @@ impl Codec<'_> {
         mut show: impl FnMut(&[u8], &[u8]),
     ) -> Result<()> {
         let [values, bitmask, shape] = parts else { return Ok(()) };
-        check_shape(self.name, self.matrix, shape)?;
+        check_shape(self.name, ".shape", self.matrix, shape)?;
         if self.matrix.cols == 0 {
             // As many rows as `.shape` claims, and nothing in them.
             return Ok(());
@@ -210,15 +210,20 @@ pub(super) fn component_name(name: &str, suffix: &str) -> String {
     format!("{}{suffix}", name.strip_suffix(".weight").unwrap_or(name))
 }
 
-/// Refuses a `.shape` that says something else than the tensor's.
-pub(super) fn check_shape(name: &str, matrix: MatrixShape, shape: &[u8]) -> Result<()> {
+/// Refuses a component with the shape that says something else than the tensor's.
+pub(super) fn check_shape(
+    name: &str,
+    suffix: &str,
+    matrix: MatrixShape,
+    shape: &[u8],
+) -> Result<()> {
     if shape == shape_bytes(matrix) {
         return Ok(());
     }
     let found: Vec<i64> =
         shape.as_chunks::<8>().0.iter().map(|bytes| i64::from_le_bytes(*bytes)).collect();
     Err(FormatError::Encoding {
-        name: component_name(name, ".shape"),
+        name: component_name(name, suffix),
         what: format!("expected {} and {}, found {found:?}", matrix.rows, matrix.cols),
     })
 }

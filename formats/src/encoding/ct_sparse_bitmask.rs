@@ -171,7 +171,7 @@ impl Codec<'_> {
         mut show: impl FnMut(&[u8], &[u8]),
     ) -> Result<()> {
         let [values, bitmask, shape, offsets] = parts else { return Ok(()) };
-        check_shape(self.name, self.matrix, shape)?;
+        check_shape(self.name, ".shape", self.matrix, shape)?;
         let stride = mask::stride(self.matrix.cols);
         let width = self.dtype.size_bytes();
         let (offsets, _) = offsets.as_chunks::<8>();

@@ -1,8 +1,8 @@
 //! From dense rows to the components of an encoding, some rows at a time.
 
 use super::{
-    Encoding, MatrixShape, bitmask, ct_sparse_bitmask, ct_sparse24, ggml, nm, sparse24,
-    torch_cutlass,
+    Encoding, MatrixShape, QuantizedRows, bitmask, ct_sparse_bitmask, ct_sparse24, ggml, nm,
+    quantized, sparse24, torch_cutlass,
 };
 use crate::{FormatError, Result};
 
@@ -20,6 +20,8 @@ pub struct Encoder {
     torch_cutlass: torch_cutlass::State,
     /// Values of `sparse-bitmask` so far.
     stored: u64,
+    /// What a quantized matrix's rows have in common.
+    quantized: quantized::State,
 }
 
 impl Encoder {
@@ -38,6 +40,7 @@ impl Encoder {
             bitmask: bitmask::State::default(),
             torch_cutlass: torch_cutlass::State::default(),
             stored: 0,
+            quantized: quantized::State::default(),
         })
     }
 
@@ -45,7 +48,8 @@ impl Encoder {
     ///
     /// # Errors
     /// [`FormatError::Encoding`]: not whole rows, more rows than the tensor has, or values that
-    /// break the encoding's pattern or are beyond its range.
+    /// break the encoding's pattern or are beyond its range; an encoding of codes (see
+    /// [`quantized_rows`](Self::quantized_rows)).
     pub fn rows(&mut self, dense: &[u8]) -> Result<Vec<Vec<u8>>> {
         let row_bytes = self.matrix.cols * self.encoding.value_dtype().size_bytes();
         let rows = dense.len().checked_div(row_bytes).unwrap_or(0);
@@ -107,8 +111,33 @@ impl Encoder {
                     ct_sparse_bitmask::Codec { name: &self.name, dtype, kept, matrix: self.matrix }
                         .encode(&mut self.stored, self.rows_done, dense)?
                 }
+                Encoding::Int { .. }
+                | Encoding::CtPackQuantized { .. }
+                | Encoding::CtIntQuantized { .. }
+                | Encoding::CtFloatQuantized { .. } => {
+                    return Err(self.refuse(format!(
+                        "the encoding {} holds codes on a grid, not values",
+                        self.encoding
+                    )));
+                }
             };
         self.rows_done += rows;
+        Ok(parts)
+    }
+
+    /// Encodes the next rows of a quantized matrix, as they are: nothing is rounded.
+    ///
+    /// # Errors
+    /// [`FormatError::Encoding`]: an encoding that holds values (see [`rows`](Self::rows)); not whole rows,
+    /// or more than the tensor has; codes, zero points or scales that are not on the grid (row and column
+    /// or group named); a value that is not finite; more codes other than their zero points than the
+    /// encoding's pattern holds. Nothing is encoded then.
+    pub fn quantized_rows(&mut self, rows: QuantizedRows<'_>) -> Result<Vec<Vec<u8>>> {
+        let layout = quantized::Layout::of(&self.name, self.encoding)?;
+        let shape = [self.matrix.rows, self.matrix.cols];
+        let (count, parts) =
+            layout.encode(&self.name, &shape, &mut self.quantized, self.rows_done, &rows)?;
+        self.rows_done += count;
         Ok(parts)
     }
 
@@ -134,7 +163,17 @@ impl Encoder {
                 ct_sparse_bitmask::Codec { name: &self.name, dtype, kept, matrix: self.matrix }
                     .finish()
             }
-            _ => vec![],
+            Encoding::Int { .. }
+            | Encoding::CtPackQuantized { .. }
+            | Encoding::CtIntQuantized { .. }
+            | Encoding::CtFloatQuantized { .. } => {
+                let layout = quantized::Layout::of(&self.name, self.encoding)?;
+                layout.finish(&self.name, &[rows, cols], self.quantized)?
+            }
+            Encoding::Dense { .. }
+            | Encoding::Sparse24 { .. }
+            | Encoding::Nm { .. }
+            | Encoding::Ggml { .. } => vec![],
         })
     }
 

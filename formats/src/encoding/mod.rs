@@ -10,6 +10,7 @@ pub mod ggml;
 mod mask;
 mod nibbles;
 pub mod nm;
+mod quantized;
 pub mod sparse24;
 mod survey;
 #[cfg(test)]
@@ -21,6 +22,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 pub use encoder::Encoder;
+pub use quantized::{IntGrid, Kept, QuantizedRows};
 pub use survey::Survey;
 
 use crate::{DType, FormatError, GgmlType, Result};
@@ -91,6 +93,48 @@ pub enum Encoding {
         /// Values stored; where fewer elements are not zero, some zeros are stored too.
         kept: u64,
     },
+    /// Integer codes, scales and zero points: a quantized matrix.
+    ///
+    /// Components of a matrix `[R, C]` with `G` groups in a row and `K` stored codes: `.codes`, U8
+    /// `[R, ceil(K·bits/8)]` (I8 `[R, K]` for 8 bits); their positions, as of the encodings of values:
+    /// `.metadata`, `.mask`, or `.mask` and `.offsets`; `.scales [R, G]`; `.zero_points` unless
+    /// symmetric, packed as codes of `G` columns.
+    Int {
+        /// What codes stand for.
+        #[serde(flatten)]
+        grid: IntGrid,
+        /// Which codes are stored.
+        #[serde(flatten)]
+        kept: Kept,
+    },
+    /// Integer codes as compressed-tensors packs them (`pack-quantized`).
+    ///
+    /// Components of `MODULE.weight [R, C]`: `MODULE.weight_packed` I32 `[R, ceil(C·bits/32)]`;
+    /// `MODULE.weight_scale [R, G]`; unless symmetric `MODULE.weight_zero_point` I32
+    /// `[ceil(R·bits/32), G]`; `MODULE.weight_shape` I64 `[2]`.
+    CtPackQuantized {
+        /// What codes stand for.
+        #[serde(flatten)]
+        grid: IntGrid,
+    },
+    /// 8-bit integer codes as compressed-tensors stores them (`int-quantized`).
+    ///
+    /// Components of `MODULE.weight [R, C]`: `MODULE.weight` I8 `[R, C]`; `MODULE.weight_scale [R, G]`;
+    /// unless symmetric `MODULE.weight_zero_point` I8 `[R, G]`.
+    CtIntQuantized {
+        /// What codes stand for; of 8 bits.
+        #[serde(flatten)]
+        grid: IntGrid,
+    },
+    /// 8-bit floats with a scale for each row as compressed-tensors stores them (`float-quantized`).
+    ///
+    /// Components of `MODULE.weight [R, C]`: `MODULE.weight` `F8_E4M3` `[R, C]`;
+    /// `MODULE.weight_scale [R, 1]`.
+    CtFloatQuantized {
+        /// Element type of the scales and of the decoded values: F16, BF16 or F32.
+        #[serde(rename = "dtype")]
+        scale: DType,
+    },
     /// ggml quant blocks along each row.
     Ggml {
         /// Block type.
@@ -145,6 +189,12 @@ impl Encoding {
                 shape: shape.to_vec(),
                 bytes: ggml::size_bytes(name, ty, shape)?,
             }]),
+            Self::Int { .. }
+            | Self::CtPackQuantized { .. }
+            | Self::CtIntQuantized { .. }
+            | Self::CtFloatQuantized { .. } => {
+                quantized::Layout::of(name, self)?.components(name, shape)
+            }
         }
     }
 
@@ -163,11 +213,19 @@ impl Encoding {
         let matrix = MatrixShape::of(shape);
         check_rows(name, &rows, matrix.rows)?;
         match self {
-            Self::Dense { .. } | Self::Sparse24 { .. } | Self::Nm { .. } | Self::Ggml { .. } => {}
             Self::Bitmask { .. }
             | Self::TorchCutlass { .. }
             | Self::CtSparse24Bitmask { .. }
-            | Self::CtSparseBitmask { .. } => return Ok(None),
+            | Self::CtSparseBitmask { .. }
+            | Self::Int { kept: Kept::Bitmask { .. }, .. }
+            | Self::CtPackQuantized { .. } => return Ok(None),
+            Self::Dense { .. }
+            | Self::Sparse24 { .. }
+            | Self::Nm { .. }
+            | Self::Int { .. }
+            | Self::CtIntQuantized { .. }
+            | Self::CtFloatQuantized { .. }
+            | Self::Ggml { .. } => {}
         }
         let components = self.components(name, shape)?;
         let ranges = components.iter().map(|component| {
@@ -177,7 +235,8 @@ impl Encoding {
         Ok(Some(ranges.collect()))
     }
 
-    /// Element type of the decoded values: what the encoding stores without loss.
+    /// Element type of the decoded values: what the encoding stores without loss, or, of codes, the type
+    /// of the scales.
     pub fn value_dtype(self) -> DType {
         match self {
             Self::Dense { dtype }
@@ -187,13 +246,18 @@ impl Encoding {
             | Self::TorchCutlass { dtype }
             | Self::CtSparse24Bitmask { dtype }
             | Self::CtSparseBitmask { dtype, .. } => dtype,
+            Self::Int { grid, .. }
+            | Self::CtPackQuantized { grid }
+            | Self::CtIntQuantized { grid } => grid.scale,
+            Self::CtFloatQuantized { scale } => scale,
             Self::Ggml { ty: GgmlType::F16 } => DType::F16,
             Self::Ggml { ty: GgmlType::BF16 } => DType::Bf16,
             Self::Ggml { .. } => DType::F32,
         }
     }
 
-    /// Whether what is stored may differ from what was encoded.
+    /// Whether values of [`value_dtype`](Self::value_dtype) may differ once they are stored. Codes on a
+    /// grid come back as they are, but not every value is on the grid.
     pub fn is_lossy(self) -> bool {
         !matches!(
             self,
@@ -210,8 +274,31 @@ impl Encoding {
 
     /// Whether a tensor is stored as several components of a safetensors file.
     pub fn is_packed(self) -> bool {
-        matches!(self, Self::CtSparse24Bitmask { .. } | Self::CtSparseBitmask { .. })
-            || self.is_declared()
+        self.is_declared() || self.replaces_weight()
+    }
+
+    /// Whether components stand in the place of `MODULE.weight`, as compressed-tensors has them.
+    fn replaces_weight(self) -> bool {
+        matches!(
+            self,
+            Self::CtSparse24Bitmask { .. }
+                | Self::CtSparseBitmask { .. }
+                | Self::CtPackQuantized { .. }
+                | Self::CtIntQuantized { .. }
+                | Self::CtFloatQuantized { .. }
+        )
+    }
+
+    /// Whether a tensor is stored as codes on a grid: those are encoded by
+    /// [`Encoder::quantized_rows`], not from values.
+    pub fn is_quantized(self) -> bool {
+        matches!(
+            self,
+            Self::Int { .. }
+                | Self::CtPackQuantized { .. }
+                | Self::CtIntQuantized { .. }
+                | Self::CtFloatQuantized { .. }
+        )
     }
 
     /// Whether a tensor is packed and the safetensors file says so. Those of compressed-tensors follow
@@ -223,17 +310,16 @@ impl Encoding {
                 | Self::Nm { .. }
                 | Self::Bitmask { .. }
                 | Self::TorchCutlass { .. }
+                | Self::Int { .. }
         )
     }
 
     /// Name in the container of a component of tensor `name`. The components of compressed-tensors
     /// stand in the place of `.weight`, all others behind the name.
     pub fn component_name(self, name: &str, component: &Component) -> String {
-        let owner = match self {
-            Self::CtSparse24Bitmask { .. } | Self::CtSparseBitmask { .. } => {
-                name.strip_suffix(".weight").unwrap_or(name)
-            }
-            _ => name,
+        let owner = match self.replaces_weight() {
+            true => name.strip_suffix(".weight").unwrap_or(name),
+            false => name,
         };
         format!("{owner}{}", component.suffix)
     }
@@ -308,6 +394,13 @@ impl Encoding {
             Self::Sparse24 { dtype } => {
                 sparse24::decode_f32(name, dtype, matrix, parts[0], parts[1], rows, out)
             }
+            Self::Int { .. }
+            | Self::CtPackQuantized { .. }
+            | Self::CtIntQuantized { .. }
+            | Self::CtFloatQuantized { .. } => {
+                let sink = quantized::Sink::F32(out);
+                quantized::Layout::of(name, self)?.decode(name, shape, rows, parts, sink)
+            }
             Self::Ggml { ty } => {
                 ggml::decode_f32(ty, matrix, parts[0], rows, out);
                 Ok(())
@@ -317,7 +410,8 @@ impl Encoding {
 
     /// Appends rows `rows` to `out` as little-endian bytes of [`Self::value_dtype`].
     ///
-    /// Dense and sparse tensors come out bit for bit; ggml blocks come out as their decoded values.
+    /// Dense and sparse tensors come out bit for bit; ggml blocks and codes come out as their decoded
+    /// values.
     ///
     /// # Errors
     /// As [`Self::decode_f32`], but every dense element type is accepted. `out` is then as it was.
@@ -364,6 +458,13 @@ impl Encoding {
             Self::Ggml { ty: GgmlType::F32 | GgmlType::F16 | GgmlType::BF16 } => {
                 out.extend_from_slice(dense::row_bytes(self.value_dtype(), matrix, parts[0], rows));
                 Ok(())
+            }
+            Self::Int { .. }
+            | Self::CtPackQuantized { .. }
+            | Self::CtIntQuantized { .. }
+            | Self::CtFloatQuantized { .. } => {
+                let sink = quantized::Sink::Bytes(out);
+                quantized::Layout::of(name, self)?.decode(name, shape, rows, parts, sink)
             }
             Self::Ggml { ty } => {
                 let mut values = vec![0.0; rows.len() * matrix.cols];
@@ -436,6 +537,15 @@ impl fmt::Display for Encoding {
             Self::TorchCutlass { dtype } => write!(f, "torch-cutlass {dtype}"),
             Self::CtSparse24Bitmask { dtype } => write!(f, "sparse-24-bitmask {dtype}"),
             Self::CtSparseBitmask { dtype, .. } => write!(f, "sparse-bitmask {dtype}"),
+            Self::Int { grid, kept } => match kept {
+                Kept::All => write!(f, "{grid}"),
+                Kept::Sparse24 => write!(f, "2:4 {grid}"),
+                Kept::Nm { n, m } => write!(f, "{n}:{m} {grid}"),
+                Kept::Bitmask { .. } => write!(f, "bitmask {grid}"),
+            },
+            Self::CtPackQuantized { grid } => write!(f, "pack-quantized {grid}"),
+            Self::CtIntQuantized { grid } => write!(f, "int-quantized {grid}"),
+            Self::CtFloatQuantized { scale } => write!(f, "float-quantized {scale}"),
             Self::Ggml { ty } => write!(f, "{ty}"),
         }
     }

@@ -279,12 +279,18 @@ impl<'a> Codec<'a> {
         let all_values = values.chunks_exact(value_stride.max(1));
         let all_masks = masks.chunks_exact(mask_stride.max(1));
         for (row, (values, mask)) in rows.zip(all_values.zip(all_masks)) {
-            if !self.groups.are_exact(mask, self.cols) || !mask::is_padded(mask, self.cols) {
-                return Err(self.illegal(row, mask));
-            }
+            self.check_mask(row, mask)?;
             show(values, mask);
         }
         Ok(())
+    }
+
+    /// Refuses the mask of a row when a group does not keep `n` columns or an unused bit is set.
+    pub(super) fn check_mask(&self, row: usize, mask: &[u8]) -> Result<()> {
+        if self.groups.are_exact(mask, self.cols) && mask::is_padded(mask, self.cols) {
+            return Ok(());
+        }
+        Err(self.illegal(row, mask))
     }
 
     /// Appends one decoded row.

@@ -398,6 +398,31 @@ impl<'a> Runs<'a> {
     }
 }
 
+/// The kept columns that metadata of whole rows say, as rows of mask bits (see [`mask`]); the first is
+/// row `first_row`.
+///
+/// # Errors
+/// [`FormatError::Encoding`] naming a nibble that is not legal.
+pub(super) fn masks(name: &str, cols: usize, first_row: usize, metadata: &[u8]) -> Result<Vec<u8>> {
+    let (groups, stride) = (cols / 4, cols.div_ceil(8));
+    let bits = |nibble: u8| 1 << (nibble & 3) | 1 << (nibble >> 2);
+    let mut masks = Vec::with_capacity(metadata.len());
+    for (row, bytes) in metadata.chunks_exact(stride.max(1)).enumerate() {
+        let legal =
+            bytes.iter().all(|byte| [byte & 0xF, byte >> 4].map(portable::is_legal) == [true; 2]);
+        let padded = groups % 2 == 0 || bytes.last().is_none_or(|last| last >> 4 == PAD);
+        if !legal || !padded {
+            let name = format!("{name}.metadata");
+            return Err(illegal_nibble(name, groups, first_row + row, bytes));
+        }
+        masks.extend(bytes.iter().map(|byte| bits(byte & 0xF) | bits(byte >> 4) << 4));
+        if let (1, Some(last)) = (groups % 2, masks.last_mut()) {
+            *last &= 0xF;
+        }
+    }
+    Ok(masks)
+}
+
 /// Finds the group that made [`Kernel::pack`] fail in rows from `first_row` on.
 pub(super) fn too_many(
     name: &str,

@@ -57,7 +57,7 @@ pub(super) fn logical_tensors(path: &Path, header: &Header) -> Result<Vec<Locate
         let Declaration { encoding, shape } = declaration;
         if !encoding.is_declared() {
             return Err(invalid(format!(
-                "the encoding {encoding} cannot be declared in a safetensors file; expected sparse24, nm, bitmask or torch-cutlass"
+                "the encoding {encoding} cannot be declared in a safetensors file; expected sparse24, nm, bitmask, torch-cutlass or int"
             )));
         }
         for (part, component) in encoding.components(name, shape)?.iter().enumerate() {
