@@ -91,9 +91,9 @@ fn check_against_plan(out: &Path, plan: &ConversionPlan, what: &str) {
         let mut layers = plan.blocks.iter().flat_map(|block| &block.layers);
         let layer = layers.find(|layer| output.name == format!("{}.weight", layer.module));
         assert_eq!(record.pruned.is_some(), layer.is_some(), "{what}");
-        let (Some(layer), Some(pruned)) = (layer, &record.pruned) else { continue };
+        let (Some(layer), Some(report)) = (layer, &record.report) else { continue };
         let planned = (layer.rows * layer.cols) as u64 / 2;
-        assert_eq!(pruned.report.zeroed, planned, "{what}");
+        assert_eq!(report.zeroed, planned, "{what}");
         let values = reader.read_f32(&output.name).unwrap();
         let zeros = values.iter().filter(|value| **value == 0.0).count() as u64;
         assert_eq!(zeros, planned, "{what}");

@@ -7,6 +7,7 @@
 
 mod block_ops;
 mod error;
+pub mod grid;
 mod solve_ops;
 mod stat_ops;
 mod storage;
@@ -17,6 +18,7 @@ pub mod cpu;
 
 pub use block_ops::{Activation, AttentionShape, BlockOps, RopeTables, SequenceLens};
 pub use error::{BackendError, Result};
+pub use grid::{Grid, Rounding, ScaleSearch, Scales};
 pub use solve_ops::{Selection, SolveOps, SweepRule};
 pub use stat_ops::StatOps;
 pub use storage::{HostData, HostMatrix, Storage};

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Result, Storage};
+use super::{Result, Storage, grid::Rounding};
 
 /// Which scores are the lowest: the unit within which weights compete.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,8 +27,12 @@ pub enum Selection {
 }
 
 /// How one column block of the OBS sweep decides which weights become zero.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum SweepRule {
+#[derive(Debug)]
+pub enum SweepRule<'a, M> {
+    /// None: weights are only rounded.
+    Nothing,
+    /// Those that are zero in this matrix.
+    ZerosOf(&'a M),
     /// Exactly `zeros` weights of the column block (all rows together), chosen before the sweep by
     /// the lowest `w² / u_jj²`.
     Lowest {
@@ -44,7 +48,25 @@ pub enum SweepRule {
     },
 }
 
-/// Linear algebra and selection for pruning.
+impl<M> Clone for SweepRule<'_, M> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<M> Copy for SweepRule<'_, M> {}
+
+impl<M> SweepRule<'_, M> {
+    /// Zeros of a group and its columns, where the rule is about groups.
+    pub fn group(self) -> Option<(usize, usize)> {
+        match self {
+            Self::Group { zeros, m } => Some((zeros, m)),
+            _ => None,
+        }
+    }
+}
+
+/// Linear algebra, selection and rounding.
 pub trait SolveOps: Storage {
     /// The diagonal of a square matrix.
     ///
@@ -72,6 +94,12 @@ pub trait SolveOps: Storage {
     /// Index out of range; device failure.
     fn zero_columns(&self, w: &mut Self::Matrix, columns: &[usize]) -> Result<()>;
 
+    /// Zeroes the weights of `w` that are zero in `from`.
+    ///
+    /// # Errors
+    /// Shapes that differ; device failure.
+    fn copy_zeros(&self, w: &mut Self::Matrix, from: &Self::Matrix) -> Result<()>;
+
     /// Zeroes the weights with the lowest `|w| · scale[column]` (`scale` is `[1, cols]`, or all
     /// ones). Ties go to the lower index, so the count is exact and the result reproducible.
     ///
@@ -84,22 +112,58 @@ pub trait SolveOps: Storage {
         selection: Selection,
     ) -> Result<()>;
 
-    /// One column block of SparseGPT's Algorithm 1 (lines 7 to 13): in columns `columns` of `w`,
-    /// zeroes weights by `rule` and moves each column's error onto the columns to its right inside
-    /// the block. Returns the errors `[rows, columns.len()]`, `err = (w − q) / u_jj`.
+    /// One column block of SparseGPT's Algorithm 1 (lines 7 to 13) and of GPTQ's: in columns `columns`
+    /// of `w`, zeroes weights by `rule`, rounds the others (and, where the grid has no zero, the
+    /// zeroed ones to what is nearest), and moves each column's error onto the columns to its right
+    /// inside the block. Returns the errors `[rows, columns.len()]`, `err = (w − q) / u_jj`.
+    ///
+    /// Scales that are not fixed are chosen when the sweep reaches their group, for the least error
+    /// of its weights as they then are, weighted with `1 / u_jj²`.
     ///
     /// # Shapes
     /// `w: [rows, cols]` f32 row-major, `u: [cols, cols]` upper triangular.
     ///
     /// # Errors
-    /// Shapes that do not fit; device failure.
+    /// Shapes that do not fit, a column block that cuts groups whose scales are to be chosen; device
+    /// failure.
     fn obs_sweep(
         &self,
         w: &mut Self::Matrix,
         u: &Self::Matrix,
         columns: Range<usize>,
-        rule: SweepRule,
+        rule: SweepRule<'_, Self::Matrix>,
+        rounding: Option<&mut Rounding>,
     ) -> Result<Self::Matrix>;
+
+    /// Chooses the scales of every group of `w`, with the squared error of each column weighted by
+    /// `importance` (all alike without).
+    ///
+    /// # Errors
+    /// Shapes that do not fit; device failure.
+    fn choose_scales(
+        &self,
+        w: &Self::Matrix,
+        importance: Option<&[f32]>,
+        rounding: &mut Rounding,
+    ) -> Result<()>;
+
+    /// Rounds every weight of `w` to the nearest value under the scales there are.
+    ///
+    /// # Errors
+    /// Shapes that do not fit; device failure.
+    fn round(&self, w: &mut Self::Matrix, rounding: &mut Rounding) -> Result<()>;
+
+    /// The columns of a matrix in another order: column `i` is what `order[i]` was.
+    ///
+    /// # Errors
+    /// Another number of columns, an index out of range; device failure.
+    fn permute_columns(&self, w: &Self::Matrix, order: &[usize]) -> Result<Self::Matrix>;
+
+    /// Rows and columns of a symmetric matrix, given by its lower triangle, in another order.
+    ///
+    /// # Errors
+    /// As [`permute_columns`](Self::permute_columns).
+    fn permute_symmetric(&self, h: &Self::Matrix, order: &[usize]) -> Result<Self::Matrix>;
 
     /// The lazy update after a column block: `w[:, end..] −= err · u[columns, end..]`.
     ///

@@ -7,11 +7,11 @@ use clap::{Args, ValueEnum, ValueHint};
 
 use super::CliError;
 use crate::{
-    backend::{Device, DeviceOptions, Precision},
-    compress::{Method, Sparsity},
+    backend::{Device, DeviceOptions, Precision, ScaleSearch},
+    compress::{GroupSize, Method, Quantizer, Scheme, Sparsity},
     recipe::{
-        BlockRange, OutputFormat, PruneRecipe, Recipe, RecipeError, Selector, Sequential,
-        WeightDType,
+        BlockRange, OutputFormat, PruneRecipe, QuantizeRecipe, Recipe, RecipeError, Selector,
+        Sequential, WeightDType,
     },
 };
 
@@ -75,6 +75,12 @@ pub(super) struct RecipeArgs {
     prune: PruneArgs,
 
     #[command(flatten)]
+    quantize: QuantizeArgs,
+
+    #[command(flatten)]
+    solver: SolverArgs,
+
+    #[command(flatten)]
     calibration: CalibrationArgs,
 
     #[command(flatten)]
@@ -90,16 +96,44 @@ struct PruneArgs {
     /// Kept:group like 2:4, or a percentage of zeros like 50%.
     #[arg(long, value_name = "SPARSITY")]
     sparsity: Option<Sparsity>,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Quantization")]
+struct QuantizeArgs {
+    /// Grid of the linears: int2 to int8, f8_e4m3, or for GGUF a block type (q8_0, q4_0, q4_k, ...).
+    #[arg(long, value_name = "SCHEME")]
+    quantize: Option<Scheme>,
+    /// With error feedback, or to nearest [default: gptq].
+    #[arg(long, value_name = "METHOD")]
+    quantizer: Option<Quantizer>,
+    /// Columns that share a scale, or channel [default: 128; channel for int8].
+    #[arg(long, value_name = "COLUMNS")]
+    group_size: Option<GroupSize>,
+    /// Give each group of integers a zero point.
+    #[arg(long)]
+    asymmetric: bool,
+    /// How scales of integers are chosen [default: mse].
+    #[arg(long, value_name = "HOW")]
+    scales: Option<ScaleSearch>,
+    /// Take columns in the order of descending Hessian diagonal.
+    #[arg(long)]
+    act_order: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Layers")]
+struct SolverArgs {
     /// Order inside a block: stage by stage, or the whole block at once.
     #[arg(long, value_name = "ORDER")]
     sequential: Option<Sequential>,
-    /// Layers to prune: Linear, a role (down_proj), a name, re:PATTERN, blocks:0..8.
+    /// Layers to prune or quantize: Linear, a role (down_proj), a name, re:PATTERN, blocks:0..8.
     #[arg(long, value_name = "SELECTOR", value_delimiter = ',')]
     targets: Vec<Selector>,
-    /// Layers to leave dense, selected the same way.
+    /// Layers to leave as they are, selected the same way.
     #[arg(long, value_name = "SELECTOR", value_delimiter = ',')]
     ignore: Vec<Selector>,
-    /// Prune these blocks only, for trials.
+    /// These blocks only, for trials.
     #[arg(long, value_name = "RANGE")]
     blocks: Option<BlockRange>,
 }
@@ -160,6 +194,8 @@ impl RecipeArgs {
             None => Recipe::default(),
         };
         self.prune.apply(&mut recipe)?;
+        self.quantize.apply(&mut recipe)?;
+        self.solver.apply(&mut recipe)?;
         let calibration = &mut recipe.calibration;
         let flags = &self.calibration;
         calibration.file = flags.file.clone().or(calibration.file.take());
@@ -201,40 +237,90 @@ impl PruneArgs {
                         "--prune needs --sparsity, for example --sparsity 2:4".to_owned(),
                     ));
                 }
-                (None, _) => {
-                    let stray = [
-                        ("--sparsity", self.sparsity.is_some()),
-                        ("--sequential", self.sequential.is_some()),
-                        ("--targets", !self.targets.is_empty()),
-                        ("--ignore", !self.ignore.is_empty()),
-                        ("--blocks", self.blocks.is_some()),
-                    ];
-                    return match stray.into_iter().find(|(_, given)| *given) {
-                        Some((flag, _)) => Err(RecipeError::Contradiction {
-                            what: format!(
-                                "{flag} is about pruning, but no --prune METHOD is given"
-                            ),
-                        }
-                        .into()),
-                        None => Ok(()),
-                    };
+                (None, Some(_)) => {
+                    return Err(stray("--sparsity", "pruning", "--prune METHOD"));
                 }
+                (None, None) => return Ok(()),
             }
         }
         if let Some(prune) = &mut recipe.prune {
             prune.method = method.unwrap_or(prune.method);
             prune.sparsity = self.sparsity.unwrap_or(prune.sparsity);
-            prune.sequential = self.sequential.unwrap_or(prune.sequential);
-            prune.blocks = self.blocks.clone().or(prune.blocks.take());
+        }
+        Ok(())
+    }
+}
+
+impl QuantizeArgs {
+    fn apply(&self, recipe: &mut Recipe) -> Result<(), CliError> {
+        if recipe.quantize.is_none() {
+            let flags = [
+                ("--quantizer", self.quantizer.is_some()),
+                ("--group-size", self.group_size.is_some()),
+                ("--asymmetric", self.asymmetric),
+                ("--scales", self.scales.is_some()),
+                ("--act-order", self.act_order),
+            ];
+            match (self.quantize, flags.into_iter().find(|(_, given)| *given)) {
+                (Some(scheme), _) => recipe.quantize = Some(QuantizeRecipe::new(scheme)),
+                (None, Some((flag, _))) => {
+                    return Err(stray(flag, "quantization", "--quantize SCHEME"));
+                }
+                (None, None) => return Ok(()),
+            }
+        }
+        if let Some(quantize) = &mut recipe.quantize {
+            quantize.scheme = self.quantize.unwrap_or(quantize.scheme);
+            quantize.method = self.quantizer.unwrap_or(quantize.method);
+            quantize.group_size = self.group_size.or(quantize.group_size);
+            quantize.asymmetric |= self.asymmetric;
+            quantize.scales = self.scales.or(quantize.scales);
+            quantize.act_order |= self.act_order;
+        }
+        Ok(())
+    }
+}
+
+impl SolverArgs {
+    fn apply(&self, recipe: &mut Recipe) -> Result<(), CliError> {
+        let flags = [
+            ("--sequential", self.sequential.is_some()),
+            ("--targets", !self.targets.is_empty()),
+            ("--ignore", !self.ignore.is_empty()),
+            ("--blocks", self.blocks.is_some()),
+        ];
+        if recipe.prune.is_none() && recipe.quantize.is_none() {
+            return match flags.into_iter().find(|(_, given)| *given) {
+                Some((flag, _)) => Err(stray(
+                    flag,
+                    "pruning and quantization",
+                    "--prune METHOD or --quantize SCHEME",
+                )),
+                None => Ok(()),
+            };
+        }
+        let solver = &mut recipe.solver;
+        solver.sequential = self.sequential.unwrap_or(solver.sequential);
+        solver.blocks = self.blocks.clone().or(solver.blocks.take());
+        let prune = recipe.prune.as_mut().map(|prune| (&mut prune.targets, &mut prune.ignore));
+        let quantize = recipe.quantize.as_mut();
+        let quantize = quantize.map(|quantize| (&mut quantize.targets, &mut quantize.ignore));
+        for (targets, ignore) in prune.into_iter().chain(quantize) {
             if !self.targets.is_empty() {
-                prune.targets.clone_from(&self.targets);
+                targets.clone_from(&self.targets);
             }
             if !self.ignore.is_empty() {
-                prune.ignore.clone_from(&self.ignore);
+                ignore.clone_from(&self.ignore);
             }
         }
         Ok(())
     }
+}
+
+/// A flag about something that is not asked for.
+fn stray(flag: &str, about: &str, needed: &str) -> CliError {
+    let what = format!("{flag} is about {about}, but no {needed} is given");
+    RecipeError::Contradiction { what }.into()
 }
 
 /// Parses a size like `8GiB`, `500MB` or `1048576`.

@@ -196,9 +196,8 @@ fn fallbacks(text: &mut impl Write, plan: &ConversionPlan) -> io::Result<()> {
 
 /// Zeros that a block type turned into small values.
 fn zero_loss(text: &mut impl Write, manifest: &Manifest) -> io::Result<()> {
-    let pruned = manifest.tensors.iter().filter_map(|tensor| tensor.pruned.as_ref());
     let mut sums = (0, 0, 0);
-    for report in pruned.map(|pruned| &pruned.report) {
+    for report in manifest.tensors.iter().filter_map(|tensor| tensor.report.as_ref()) {
         let Some(left) = report.stored_zeros.filter(|left| *left < report.zeroed) else { continue };
         sums = (sums.0 + 1, sums.1 + report.zeroed, sums.2 + left);
     }

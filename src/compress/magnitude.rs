@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::{Layer, LayerReport, LayerSolver, SolveError, SolveTimes, Solved};
+use super::{Layer, LayerReport, LayerSolver, SolveError, SolveTimes, Solved, SolverOptions};
 use crate::{
     backend::Backend,
     calibration::{StatKind, Statistic},
@@ -29,19 +29,16 @@ impl<B: Backend> LayerSolver<B> for Magnitude {
             .into_iter()
             .map(|mut layer| {
                 let (rows, cols) = b.shape(&layer.weight);
-                super::check_groups(&layer.name, layer.sparsity, cols)?;
-                b.zero_lowest(&mut layer.weight, None, layer.sparsity.per_tensor(rows, cols))?;
+                super::check_layer(&layer, cols, SolverOptions::default())?;
+                let mut zeroed = 0;
+                if let Some(sparsity) = layer.sparsity {
+                    b.zero_lowest(&mut layer.weight, None, sparsity.per_tensor(rows, cols))?;
+                    zeroed = sparsity.zeros_of(rows * cols) as u64;
+                }
                 Ok(Solved {
                     weight: layer.weight,
-                    report: LayerReport {
-                        layer: layer.name,
-                        weights: (rows * cols) as u64,
-                        zeroed: layer.sparsity.zeros_of(rows * cols) as u64,
-                        relative_error: None,
-                        damp: None,
-                        dead_features: 0,
-                        stored_zeros: None,
-                    },
+                    rounding: None,
+                    report: LayerReport { zeroed, ..LayerReport::new(layer.name, rows * cols) },
                 })
             })
             .collect();

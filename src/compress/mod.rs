@@ -4,17 +4,21 @@
 //! it. It never sees a file, a path or a command line.
 
 mod magnitude;
-mod sparsegpt;
+mod nearest;
+mod obs;
+mod scheme;
 mod sparsity;
 mod wanda;
 
 pub use magnitude::Magnitude;
-pub use sparsegpt::{SparseGpt, column_blocks, sweep_layer};
+pub use nearest::Nearest;
+pub use obs::{Obs, column_blocks, sweep_layer};
+pub use scheme::{Choice, GroupSize, IntOptions, ParseSchemeError, Scheme};
 pub use sparsity::{ParseSparsityError, Sparsity};
 pub use wanda::Wanda;
 
 use crate::{
-    backend::{Backend, BackendError},
+    backend::{Backend, BackendError, Grid, Rounding},
     calibration::{StatKind, Statistic},
 };
 
@@ -25,15 +29,34 @@ pub struct Layer<B: Backend> {
     pub name: String,
     /// `[out_features, in_features]`, f32.
     pub weight: B::Matrix,
-    /// What to reach.
-    pub sparsity: Sparsity,
+    /// How much becomes zero; nothing when absent.
+    pub sparsity: Option<Sparsity>,
+    /// What the weights are rounded to; they stay f32 when absent.
+    pub grid: Option<Grid>,
+    /// Weights that are zero stay zero, where solving would change them.
+    pub keep_zeros: bool,
+}
+
+impl<B: Backend> Layer<B> {
+    /// The same layer, to be pruned only.
+    fn to_prune(&self, b: &B) -> Result<Self, BackendError> {
+        Ok(Self {
+            name: self.name.clone(),
+            weight: b.duplicate(&self.weight)?,
+            sparsity: self.sparsity,
+            grid: None,
+            keep_zeros: self.keep_zeros,
+        })
+    }
 }
 
 /// One layer solved.
 #[derive(Debug)]
 pub struct Solved<B: Backend> {
-    /// The pruned weight, f32.
+    /// The pruned and rounded weight, f32.
     pub weight: B::Matrix,
+    /// Its codes and scales, where it was rounded.
+    pub rounding: Option<Rounding>,
     /// What it cost.
     pub report: LayerReport,
 }
@@ -50,6 +73,10 @@ pub struct LayerReport {
     /// `‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖²` over the calibration tokens; absent for data-free methods. For
     /// Wanda, which keeps only feature norms, the diagonal part of it.
     pub relative_error: Option<f64>,
+    /// The same error if the weights that are kept had been rounded to nearest, without moving errors
+    /// on to later columns.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nearest_error: Option<f64>,
     /// Damping added to the Hessian, as a fraction of its mean diagonal.
     pub damp: Option<f64>,
     /// Input features that were zero on every calibration token.
@@ -58,6 +85,26 @@ pub struct LayerReport {
     /// `zeroed` are a loss.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stored_zeros: Option<u64>,
+    /// Bits that the file spends on a weight, scales and positions included, before compression.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bits_per_weight: Option<f64>,
+}
+
+impl LayerReport {
+    /// A layer of which nothing is known yet.
+    fn new(layer: String, weights: usize) -> Self {
+        Self {
+            layer,
+            weights: weights as u64,
+            zeroed: 0,
+            relative_error: None,
+            nearest_error: None,
+            damp: None,
+            dead_features: 0,
+            stored_zeros: None,
+            bits_per_weight: None,
+        }
+    }
 }
 
 /// Why a layer could not be solved.
@@ -73,6 +120,34 @@ pub enum SolveError {
         cols: usize,
         /// Group width.
         m: usize,
+    },
+    /// The quantization groups do not fit the layer.
+    #[error("{layer}: {cols} columns do not divide into quantization groups of {group}")]
+    QuantGroupSize {
+        /// Module name.
+        layer: String,
+        /// Columns of the weight.
+        cols: usize,
+        /// Columns of a group.
+        group: usize,
+    },
+    /// Groups of the pattern lie across the limits of quantization groups.
+    #[error("{layer}: groups of {m} do not divide quantization groups of {group} columns")]
+    Straddle {
+        /// Module name.
+        layer: String,
+        /// Columns of a group of the pattern.
+        m: usize,
+        /// Columns of a quantization group.
+        group: usize,
+    },
+    /// The sweep would visit the columns of a pattern's group far apart.
+    #[error("{layer}: act-order takes columns out of their groups, which {sparsity} needs whole")]
+    ActOrder {
+        /// Module name.
+        layer: String,
+        /// The pattern.
+        sparsity: Sparsity,
     },
     /// The Hessian stayed indefinite at every damping tried.
     #[error(
@@ -177,7 +252,7 @@ impl Method {
         match self {
             Self::Magnitude => sparsity.zeros_of(rows * cols),
             Self::Wanda => sparsity.zeros_of(cols) * rows,
-            Self::SparseGpt => column_blocks(cols, options.column_block, sparsity)
+            Self::SparseGpt => column_blocks(cols, options.column_block, Some(sparsity), 1)
                 .map(|block| sparsity.zeros_of(rows * block.len()))
                 .sum(),
         }
@@ -193,6 +268,38 @@ impl Method {
     }
 }
 
+/// The ways of rounding by name.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize,
+    schemars::JsonSchema, clap::ValueEnum,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Quantizer {
+    /// Column by column, with the error of each moved on to the columns that are still to come.
+    #[default]
+    Gptq,
+    /// Every weight to the nearest value; no calibration.
+    Rtn,
+}
+
+impl Quantizer {
+    /// What calibration must collect.
+    pub fn needs(self) -> StatKind {
+        match self {
+            Self::Gptq => StatKind::Hessian,
+            Self::Rtn => StatKind::None,
+        }
+    }
+
+    /// The name used on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Gptq => "gptq",
+            Self::Rtn => "rtn",
+        }
+    }
+}
+
 /// Settings of the solvers; the defaults are SparseGPT's.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct SolverOptions {
@@ -200,30 +307,75 @@ pub struct SolverOptions {
     pub damp: f64,
     /// Columns between lazy updates (SparseGPT §4: 128).
     pub column_block: usize,
+    /// Columns are swept in the order of descending `diag H`, as GPTQ's reference can. Groups stay
+    /// where they are, and their scales are chosen before.
+    pub act_order: bool,
 }
 
 impl Default for SolverOptions {
     fn default() -> Self {
-        Self { damp: 0.01, column_block: 128 }
+        Self { damp: 0.01, column_block: 128, act_order: false }
     }
 }
 
-/// The solver of a method.
-pub fn solver<B: Backend>(method: Method, options: SolverOptions) -> Box<dyn LayerSolver<B>> {
-    match method {
-        Method::Magnitude => Box::new(Magnitude),
-        Method::Wanda => Box::new(Wanda),
-        Method::SparseGpt => Box::new(SparseGpt::new(options)),
+/// The solver of layers that are pruned by one method and rounded in one way, each if any.
+pub fn solver<B: Backend>(
+    prune: Option<Method>,
+    quantize: Option<Quantizer>,
+    options: SolverOptions,
+) -> Box<dyn LayerSolver<B>> {
+    match (prune, quantize) {
+        (Some(Method::Magnitude), None) => Box::new(Magnitude),
+        (Some(Method::Wanda), None) => Box::new(Wanda),
+        (Some(Method::SparseGpt), None | Some(Quantizer::Gptq)) | (None, Some(Quantizer::Gptq)) => {
+            Box::new(Obs::new(options, None))
+        }
+        (pruner, Some(Quantizer::Gptq)) => Box::new(Obs::new(options, pruner)),
+        (pruner, Some(Quantizer::Rtn) | None) => Box::new(Nearest::new(options, pruner)),
     }
 }
 
-fn check_groups(layer: &str, sparsity: Sparsity, cols: usize) -> Result<(), SolveError> {
+/// Whether a matrix of `cols` columns can carry the pattern and the grid, and both together.
+///
+/// # Errors
+/// [`SolveError`] naming the layer.
+pub fn check_target(
+    layer: &str,
+    cols: usize,
+    sparsity: Option<Sparsity>,
+    grid: Option<Grid>,
+    options: SolverOptions,
+) -> Result<(), SolveError> {
+    let layer = || layer.to_owned();
+    let group = match sparsity {
+        Some(Sparsity::NofM { m, .. }) if !cols.is_multiple_of(m) => {
+            return Err(SolveError::GroupSize { layer: layer(), cols, m });
+        }
+        Some(Sparsity::NofM { m, .. }) => m,
+        _ => 1,
+    };
+    let Some(grid) = grid else { return Ok(()) };
+    let (span, scales) = (grid.span(cols), grid.group(cols));
+    if !cols.is_multiple_of(span) {
+        return Err(SolveError::QuantGroupSize { layer: layer(), cols, group: span });
+    }
+    if !scales.is_multiple_of(group) {
+        return Err(SolveError::Straddle { layer: layer(), m: group, group: scales });
+    }
     match sparsity {
-        Sparsity::NofM { m, .. } if !sparsity.fits(cols) => {
-            Err(SolveError::GroupSize { layer: layer.to_owned(), cols, m })
+        Some(sparsity) if options.act_order && group > 1 => {
+            Err(SolveError::ActOrder { layer: layer(), sparsity })
         }
         _ => Ok(()),
     }
+}
+
+fn check_layer<B: Backend>(
+    layer: &Layer<B>,
+    cols: usize,
+    options: SolverOptions,
+) -> Result<(), SolveError> {
+    check_target(&layer.name, cols, layer.sparsity, layer.grid, options)
 }
 
 /// The matrix of a statistic of the kind `needed`, checked to hold a token.

@@ -23,7 +23,9 @@ fn layer(b: &Cpu, weight: &[f32], cols: usize, sparsity: &str) -> Layer<Cpu> {
     Layer {
         name: "layer".to_owned(),
         weight: b.upload(weight, weight.len() / cols, cols).unwrap(),
-        sparsity: sparsity.parse().unwrap(),
+        sparsity: Some(sparsity.parse().unwrap()),
+        grid: None,
+        keep_zeros: false,
     }
 }
 
@@ -42,8 +44,8 @@ fn solve_one(
     Ok((b.download(&solved.weight)?, solved.report))
 }
 
-fn sparsegpt() -> SparseGpt {
-    SparseGpt::new(SolverOptions::default())
+fn sparsegpt() -> Obs {
+    Obs::new(SolverOptions::default(), None)
 }
 
 /// A random layer and correlated inputs whose features differ in scale.
@@ -87,7 +89,7 @@ impl Case {
     fn solve(&self, b: &Cpu, method: Method, sparsity: &str) -> (Vec<f32>, LayerReport) {
         let layer = layer(b, &self.weight, self.cols, sparsity);
         let mut statistic = self.statistic(b, method.needs());
-        solve_one(b, &*solver(method, self.options), layer, &mut statistic).unwrap()
+        solve_one(b, &*solver(Some(method), None, self.options), layer, &mut statistic).unwrap()
     }
 
     /// The sets of weights that compete with each other.

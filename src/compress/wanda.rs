@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use super::{Layer, LayerReport, LayerSolver, SolveError, SolveTimes, Solved};
+use super::{Layer, LayerReport, LayerSolver, SolveError, SolveTimes, Solved, SolverOptions};
 use crate::{
     backend::Backend,
     calibration::{StatKind, Statistic},
@@ -34,10 +34,12 @@ impl<B: Backend> LayerSolver<B> for Wanda {
             .into_iter()
             .map(|layer| {
                 let (rows, cols) = b.shape(&layer.weight);
-                super::check_groups(&layer.name, layer.sparsity, cols)?;
+                super::check_layer(&layer, cols, SolverOptions::default())?;
                 let start = Instant::now();
                 let mut weight = b.duplicate(&layer.weight)?;
-                b.zero_lowest(&mut weight, Some(&scale), layer.sparsity.per_row(cols))?;
+                if let Some(sparsity) = layer.sparsity {
+                    b.zero_lowest(&mut weight, Some(&scale), sparsity.per_row(cols))?;
+                }
                 times.sweep_secs += start.elapsed().as_secs_f64();
 
                 let start = Instant::now();
@@ -47,14 +49,14 @@ impl<B: Backend> LayerSolver<B> for Wanda {
                 times.error_secs += start.elapsed().as_secs_f64();
                 Ok(Solved {
                     weight,
+                    rounding: None,
                     report: LayerReport {
-                        layer: layer.name,
-                        weights: (rows * cols) as u64,
-                        zeroed: (layer.sparsity.zeros_of(cols) * rows) as u64,
+                        zeroed: layer
+                            .sparsity
+                            .map_or(0, |sparsity| (sparsity.zeros_of(cols) * rows) as u64),
                         relative_error: Some(relative_error),
-                        damp: None,
                         dead_features,
-                        stored_zeros: None,
+                        ..LayerReport::new(layer.name, rows * cols)
                     },
                 })
             })

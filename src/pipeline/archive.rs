@@ -46,8 +46,8 @@ pub(super) fn source_files(
     let changes = |tensor: &ModelTensor| {
         asked.is_some_and(|asked| own(tensor).is_float_weight() && own(tensor) != asked)
     };
-    if format != OutputFormat::Zst || recipe.prune.is_some() || source.tensors().iter().any(changes)
-    {
+    let solves = recipe.prune.is_some() || recipe.quantize.is_some();
+    if format != OutputFormat::Zst || solves || source.tensors().iter().any(changes) {
         return Ok(None);
     }
     let files = source.reader().original_files()?;

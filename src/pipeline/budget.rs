@@ -152,7 +152,7 @@ pub(super) fn conversion_flops(
             let sweeps: f64 = block
                 .layers
                 .iter()
-                .filter(|layer| layer.method.needs() == StatKind::Hessian)
+                .filter(|layer| layer.needs() == StatKind::Hessian)
                 .map(|layer| sweep_flops(layer.rows as f64, layer.cols as f64))
                 .sum();
             hessians + sweeps

@@ -12,7 +12,7 @@ const CHUNK_BYTES: usize = 1 << 20;
 
 /// Whether the stored bytes of `tensor` are those of `output` as planned, unless it is pruned.
 pub(super) fn is_stored_so(tensor: &ModelTensor, output: &OutputTensor) -> bool {
-    !tensor.encoding.is_packed()
+    (!tensor.encoding.is_packed() || tensor.encoding.is_quantized())
         && tensor.encoding == output.encoding
         && tensor.permuted_heads == output.permuted_heads
 }
@@ -34,7 +34,7 @@ pub(super) fn copy_tensor(
     }
     let tensor = source.tensor(&output.name)?;
     if is_stored_so(tensor, output) {
-        return copy_finite(source, tensor, |bytes| write(0, bytes));
+        return copy_finite(source, tensor, write);
     }
     let mut encoder = Encoder::new(output.encoding, output.stored_name(), &output.shape)?;
     let dtype = output.encoding.value_dtype();
@@ -49,18 +49,21 @@ pub(super) fn copy_tensor(
     encoder.finish()?.into_iter().enumerate().try_for_each(|(part, bytes)| write(part, bytes))
 }
 
-/// Hands on the stored bytes of a tensor of one component.
+/// Hands on the stored bytes of a tensor, component by component.
 ///
 /// # Errors
 /// A tensor that cannot be read; what `write` returns.
 pub(super) fn copy_stored(
     source: &ModelSource,
     tensor: &ModelTensor,
-    mut write: impl FnMut(Vec<u8>) -> Result<()>,
+    mut write: impl FnMut(usize, Vec<u8>) -> Result<()>,
 ) -> Result<()> {
     let components = tensor.encoding.components(&tensor.stored_name, &tensor.shape)?;
-    for range in components.iter().flat_map(|component| pieces(component.bytes)) {
-        write(source.reader().read_component(&tensor.stored_name, 0, range)?.into_owned())?;
+    for (part, component) in components.iter().enumerate() {
+        for range in pieces(component.bytes) {
+            let bytes = source.reader().read_component(&tensor.stored_name, part, range)?;
+            write(part, bytes.into_owned())?;
+        }
     }
     Ok(())
 }
@@ -95,11 +98,12 @@ fn pieces(bytes: u64) -> impl Iterator<Item = Range<u64>> {
 fn copy_finite(
     source: &ModelSource,
     tensor: &ModelTensor,
-    mut write: impl FnMut(Vec<u8>) -> Result<()>,
+    mut write: impl FnMut(usize, Vec<u8>) -> Result<()>,
 ) -> Result<()> {
     let matrix = encoding::MatrixShape::of(&tensor.shape);
     let reader = source.reader();
-    let float = tensor.encoding.value_dtype().is_float_weight();
+    // The reader refuses codes whose value is not finite.
+    let float = tensor.encoding.value_dtype().is_float_weight() && !tensor.encoding.is_quantized();
     if !float || tensor.shape.len() < 2 || matrix.rows == 0 || matrix.cols == 0 {
         if float {
             source.check_finite(&tensor.name, &source.read_f32(&tensor.name)?)?;
@@ -114,7 +118,7 @@ fn copy_finite(
             let values = source.read_rows_f32(&tensor.name, rows.clone())?;
             check_finite(source, &tensor.name, start, &values)?;
             let bytes = rows.start as u64 * row_bytes..rows.end as u64 * row_bytes;
-            write(reader.read_component(&tensor.stored_name, 0, bytes)?.into_owned())?;
+            write(0, reader.read_component(&tensor.stored_name, 0, bytes)?.into_owned())?;
             source.reader().release(&[&tensor.stored_name]);
         }
     }

@@ -2,15 +2,19 @@
 //! a conversion only repacks.
 
 use serde::Serialize;
-use sparsepack_formats::{DType, Encoding, ModelMetadata, Survey};
+use sparsepack_formats::{
+    DType, Encoding, ModelMetadata, Survey,
+    encoding::{IntGrid, Kept},
+};
 
 use super::{
     copy::stream_rows,
     error::{PipelineError, Result},
-    plan::{BlockPlan, OutputTensor, TablePlan},
+    plan::{BlockPlan, LayerPlan, OutputTensor, Pruning, TablePlan},
 };
 use crate::{
-    compress::{Method, SolverOptions, Sparsity},
+    backend::Grid,
+    compress::{SolverOptions, Sparsity},
     model::{ModelSource, ModelTensor, TensorKind},
     recipe::{OutputFormat, Recipe, WeightDType},
 };
@@ -50,6 +54,14 @@ impl Encodings<'_> {
         let mut scan = None;
         let tensors = self.source.tensors();
         let encodings = match self.format {
+            OutputFormat::CompressedTensors if self.recipe.quantize.is_some() => {
+                let quantized = |tensor| {
+                    let layer = self.layer(tensor).and_then(|layer| layer.quantize);
+                    let dense = Encoding::Dense { dtype: self.dtype(tensor) };
+                    layer.map_or(dense, |quantize| compressed_tensors(quantize.grid))
+                };
+                tensors.iter().map(quantized).collect()
+            }
             OutputFormat::TorchCutlass | OutputFormat::CompressedTensors => {
                 self.foreign(&mut scan)?
             }
@@ -97,9 +109,17 @@ impl Encodings<'_> {
         if self.format != OutputFormat::Packed || !is_matrix {
             return Ok(dense);
         }
+        if let Some(layer) = self.layer(tensor)
+            && let Some(Grid::Int { grid, .. }) = layer.quantize.map(|quantize| quantize.grid)
+        {
+            return self.of_quantized(tensor, layer, grid);
+        }
+        if tensor.encoding.is_quantized() && tensor.encoding.value_dtype() == dtype {
+            return Ok(tensor.encoding);
+        }
         let packed = match self.pruned(tensor) {
-            Some((method, sparsity)) => self.of_pruned(tensor, dtype, method, sparsity),
-            None if self.recipe.prune.is_none() => {
+            Some(prune) => self.of_pruned(tensor, dtype, prune),
+            None if self.recipe.prune.is_none() && self.recipe.quantize.is_none() => {
                 let scan = scan.get_or_insert_default();
                 scan.tensors += 1;
                 scan.bytes += tensor.stored_bytes;
@@ -112,16 +132,44 @@ impl Encodings<'_> {
         Ok(if smaller { packed } else { dense })
     }
 
-    /// Method and sparsity of a tensor that is pruned.
-    pub(super) fn pruned(&self, tensor: &ModelTensor) -> Option<(Method, Sparsity)> {
-        if let TensorKind::Linear { block, role } = tensor.kind {
-            let layers = &self.blocks.get(block)?.layers;
-            let layer = layers.iter().find(|layer| layer.role == role)?;
-            return Some((layer.method, layer.sparsity));
+    /// The plan of a linear that is solved.
+    fn layer(&self, tensor: &ModelTensor) -> Option<&LayerPlan> {
+        let TensorKind::Linear { block, role } = tensor.kind else { return None };
+        self.blocks.get(block)?.layers.iter().find(|layer| layer.role == role)
+    }
+
+    /// How a tensor is pruned.
+    pub(super) fn pruned(&self, tensor: &ModelTensor) -> Option<Pruning> {
+        if matches!(tensor.kind, TensorKind::Linear { .. }) {
+            return self.layer(tensor)?.prune;
         }
         let module = tensor.name.strip_suffix(".weight")?;
-        let table = self.tables.iter().find(|table| table.module == module)?;
-        Some((table.method, table.sparsity))
+        self.tables.iter().find(|table| table.module == module).map(|table| table.prune)
+    }
+
+    /// Codes of a quantized linear: those that pruning keeps, where their positions cost less than the
+    /// others.
+    fn of_quantized(
+        &self,
+        tensor: &ModelTensor,
+        layer: &LayerPlan,
+        grid: IntGrid,
+    ) -> Result<Encoding> {
+        let all = Encoding::Int { grid, kept: Kept::All };
+        let pattern = match layer.prune {
+            Some(prune) => self.of_pruned(tensor, grid.scale, prune),
+            None => tensor.encoding,
+        };
+        let kept = match pattern {
+            Encoding::Sparse24 { .. } => Kept::Sparse24,
+            Encoding::Nm { n, m, .. } => Kept::Nm { n, m },
+            Encoding::Bitmask { kept, .. } => Kept::Bitmask { kept },
+            Encoding::Int { kept, .. } => kept,
+            _ => Kept::All,
+        };
+        let packed = Encoding::Int { grid, kept };
+        let smaller = stored_bytes(tensor, packed)? < stored_bytes(tensor, all)?;
+        Ok(if smaller { packed } else { all })
     }
 
     /// The encoding that the pattern of a pruned matrix asks for.
@@ -129,8 +177,7 @@ impl Encodings<'_> {
         &self,
         tensor: &ModelTensor,
         dtype: DType,
-        method: Method,
-        sparsity: Sparsity,
+        Pruning { method, sparsity }: Pruning,
     ) -> Encoding {
         match (sparsity, tensor.shape.as_slice()) {
             (Sparsity::NofM { n: 2, m: 4 }, _) => Encoding::Sparse24 { dtype },
@@ -170,6 +217,17 @@ impl Encodings<'_> {
         } else {
             own
         })
+    }
+}
+
+/// How compressed-tensors stores a grid.
+fn compressed_tensors(grid: Grid) -> Encoding {
+    match grid {
+        Grid::Int { grid, .. } if grid.bits == 8 => Encoding::CtIntQuantized { grid },
+        Grid::Int { grid, .. } => Encoding::CtPackQuantized { grid },
+        Grid::F8E4m3 { scale } => Encoding::CtFloatQuantized { scale },
+        // Planning refuses blocks in this format.
+        Grid::Block { ty, .. } => Encoding::Ggml { ty },
     }
 }
 

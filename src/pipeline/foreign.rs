@@ -7,6 +7,7 @@ use super::{
     copy::stream_rows,
     encodings::{Encodings, Scan, stored_bytes},
     error::{PipelineError, Result},
+    plan::Pruning,
 };
 use crate::{
     compress::Sparsity,
@@ -61,7 +62,7 @@ impl Encodings<'_> {
     /// How sparse a tensor is going to be, `None` for what stays dense in these formats.
     fn sparse(&self, tensor: &ModelTensor, scan: &mut Option<Scan>) -> Result<Option<Sparse>> {
         let is_linear = matches!(tensor.kind, TensorKind::Linear { .. } | TensorKind::LmHead);
-        if let Some((method, sparsity)) = self.pruned(tensor) {
+        if let Some(Pruning { method, sparsity }) = self.pruned(tensor) {
             let &[rows, cols] = tensor.shape.as_slice() else {
                 return Err(self.refuse(tensor, "is not a matrix"));
             };

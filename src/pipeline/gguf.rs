@@ -13,6 +13,7 @@ use sparsepack_formats::{
 use super::{
     error::{PipelineError, Result},
     plan::{BlockPlan, OutputTensor, TablePlan},
+    quantize,
 };
 use crate::{
     model::{GGUF_ROPE_FACTORS, GgufSummary, ModelSource, ModelTensor, TensorKind, gguf_metadata},
@@ -57,10 +58,6 @@ pub(super) fn plan(
     tables: &[TablePlan],
 ) -> Result<(Vec<OutputTensor>, GgufPlan)> {
     let is_gguf = matches!(source.reader().metadata(), ModelMetadata::Gguf(_));
-    let was_pruned = match source.reader().metadata() {
-        ModelMetadata::HuggingFace { config, .. } => config.get("sparsepack").is_some(),
-        _ => false,
-    };
     let mut outputs = Vec::new();
     let mut fallbacks = Vec::new();
     outputs.extend(rope_factors(source)?);
@@ -74,13 +71,14 @@ pub(super) fn plan(
         })?;
         let module = tensor.name.strip_suffix(".weight");
         let mut layers = blocks.iter().flat_map(|block| &block.layers);
-        let pruned = layers.any(|layer| Some(layer.module.as_str()) == module)
+        let layer = layers.find(|layer| Some(layer.module.as_str()) == module);
+        let pruned = layer.is_some_and(|layer| layer.prune.is_some())
             || tables.iter().any(|table| Some(table.module.as_str()) == module)
-            || tensor.encoding.is_packed()
-            || (was_pruned && matches!(tensor.kind, TensorKind::Linear { .. }));
+            || quantize::was_pruned(source, tensor);
         let encoding = match matrix_type(tensor) {
             Some(own) => {
-                let ty = choose(tensor, own, pruned, recipe, &mut fallbacks)?;
+                let wanted = Wanted { own, pruned, scheme: layer.and_then(|layer| layer.block_type) };
+                let ty = choose(tensor, wanted, recipe, &mut fallbacks)?;
                 encoding_of(ty)
             }
             None if is_gguf => tensor.encoding,
@@ -165,18 +163,30 @@ fn matrix_type(tensor: &ModelTensor) -> Option<GgmlType> {
     })
 }
 
-/// The type of a matrix whose own is `own`.
+/// What decides the type of a matrix.
+struct Wanted {
+    /// The type that holds its values as they are.
+    own: GgmlType,
+    /// Whether its zeros were made by pruning.
+    pruned: bool,
+    /// The block type that it is quantized to.
+    scheme: Option<GgmlType>,
+}
+
+/// The type of a matrix: the one it is quantized to, or else the one asked for.
 fn choose(
     tensor: &ModelTensor,
-    own: GgmlType,
-    pruned: bool,
+    Wanted { own, pruned, scheme }: Wanted,
     recipe: &Recipe,
     fallbacks: &mut Vec<Fallback>,
 ) -> Result<GgmlType> {
-    let asked = match recipe.output.dtype {
-        Some(dtype) => dtype.ggml().ok_or_else(|| refuse("GGUF has no type f8_e4m3".to_owned()))?,
-        None if pruned && !own.keeps_zeros() => SPARSE_TYPE,
-        None => own,
+    let asked = match (scheme, recipe.output.dtype) {
+        (Some(scheme), _) => scheme,
+        (None, Some(dtype)) => {
+            dtype.ggml().ok_or_else(|| refuse("GGUF has no type f8_e4m3".to_owned()))?
+        }
+        (None, None) if pruned && !own.keeps_zeros() => SPARSE_TYPE,
+        (None, None) => own,
     };
     let cols = MatrixShape::of(&tensor.shape).cols;
     let used = asked.fallback(cols);

@@ -4,7 +4,7 @@ use sparsepack_formats::{DType, encoding};
 
 use super::error::Result;
 use crate::{
-    backend::Backend,
+    backend::{Backend, Rounding},
     model::{Block, CapturePoint, LayerNames, Linears, ModelSource, Norm, Role},
 };
 
@@ -29,6 +29,8 @@ pub struct LoadedLinear {
     pub tensor: String,
     /// `[out_features, in_features]`, row-major.
     pub weight: Vec<f32>,
+    /// Codes and scales of the weight, once it is rounded to a grid.
+    pub rounding: Option<Rounding>,
     /// Bias `[out_features]`, where there is one.
     pub bias: Option<Vec<f32>>,
     /// `out_features`.
@@ -52,6 +54,7 @@ impl<B: Backend> LoadedBlock<B> {
                 role: spec.role,
                 capture: spec.capture,
                 weight: read_finite(source, &names.weight)?,
+                rounding: None,
                 bias: names.bias.map(|bias| read_finite(source, &bias)).transpose()?,
                 tensor: names.weight,
                 rows,

@@ -8,9 +8,12 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use sparsepack_formats::{DType, Digest, Encoding};
 
-use super::error::{PipelineError, Result};
+use super::{
+    error::{PipelineError, Result},
+    plan::Pruning,
+};
 use crate::{
-    compress::{LayerReport, Method, Sparsity},
+    compress::{LayerReport, Quantizer},
     recipe::{OutputFormat, Recipe},
 };
 
@@ -86,7 +89,13 @@ pub struct TensorRecord {
     pub compressed_bytes: Option<u64>,
     /// How it was pruned, if it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub pruned: Option<PrunedRecord>,
+    pub pruned: Option<Pruning>,
+    /// How it was quantized by a solver, if it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantized: Option<QuantizedRecord>,
+    /// What that cost.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub report: Option<LayerReport>,
 }
 
 impl TensorRecord {
@@ -109,16 +118,13 @@ pub struct ComponentRecord {
     pub sha256: Digest,
 }
 
-/// How a tensor was pruned.
+/// How a tensor was quantized.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct PrunedRecord {
-    /// Method.
-    pub method: Method,
-    /// Target.
-    pub sparsity: Sparsity,
-    /// What it cost.
-    #[serde(flatten)]
-    pub report: LayerReport,
+pub struct QuantizedRecord {
+    /// With or without error feedback.
+    pub method: Quantizer,
+    /// The grid, in words: `int4 g64 BF16`, `Q4_0`.
+    pub grid: String,
 }
 
 /// Sums over all tensors.
@@ -138,6 +144,12 @@ pub struct Totals {
     pub dense_bytes: u64,
     /// Bytes that the pruned tensors would take stored dense in the same element types.
     pub pruned_dense_bytes: u64,
+    /// Parameters of the tensors that a solver quantized.
+    #[serde(default)]
+    pub quantized_parameters: u64,
+    /// Bytes of these tensors, as they are stored.
+    #[serde(default)]
+    pub quantized_bytes: u64,
 }
 
 impl Totals {
@@ -152,11 +164,15 @@ impl Totals {
             totals.parameters += elements;
             totals.bytes += bytes;
             totals.dense_bytes += dense;
-            if let Some(pruned) = &tensor.pruned {
+            if tensor.pruned.is_some() {
                 totals.pruned_parameters += elements;
-                totals.zeroed += pruned.report.zeroed;
+                totals.zeroed += tensor.report.as_ref().map_or(0, |report| report.zeroed);
                 totals.pruned_bytes += bytes;
                 totals.pruned_dense_bytes += dense;
+            }
+            if tensor.quantized.is_some() {
+                totals.quantized_parameters += elements;
+                totals.quantized_bytes += bytes;
             }
         }
         totals

@@ -16,9 +16,11 @@ mod output;
 mod packer;
 mod plan;
 mod progress;
+mod quantize;
 mod run;
 mod stages;
 mod support;
+mod targets;
 mod unpack;
 mod verify;
 mod workers;
@@ -31,7 +33,8 @@ pub use error::{PipelineError, Result};
 pub use gguf::Fallback;
 pub use loader::{LoadedBlock, load_norm};
 pub use manifest::{MANIFEST, Manifest, TensorRecord, Totals};
-pub use plan::{BlockPlan, ConversionPlan, LayerPlan, OutputTensor, TablePlan};
+pub use plan::{BlockPlan, ConversionPlan, LayerPlan, OutputTensor, Pruning, TablePlan};
+pub use quantize::Quantization;
 pub use progress::{
     BlockReport, NoProgress, Phase, PhaseCost, PhaseTimes, Progress, resident_bytes,
 };

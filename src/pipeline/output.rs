@@ -17,9 +17,10 @@ use super::{
     error::{PipelineError, Result},
     journal::{SourceProbe, WORK_DIR},
     manifest::{
-        ComponentRecord, MANIFEST, Manifest, PrunedRecord, SourceFile, TensorRecord, Totals,
+        ComponentRecord, MANIFEST, Manifest, QuantizedRecord, SourceFile, TensorRecord, Totals,
     },
     plan::{ConversionPlan, OutputTensor},
+    quantize::Quantization,
     run::Outcome,
     workers::Workers,
 };
@@ -237,8 +238,8 @@ fn output_config(
             // Left by the run that pruned the source, where this one prunes nothing.
             record.insert("format".to_owned(), serde_json::json!(manifest.format));
         }
+        let totals = &manifest.totals;
         if let Some(prune) = &plan.recipe.prune {
-            let totals = &manifest.totals;
             object.insert(
                 "sparsepack".to_owned(),
                 serde_json::json!({
@@ -250,6 +251,16 @@ fn output_config(
                     "zeroed": totals.zeroed,
                 }),
             );
+        }
+        if let Some(quantize) = &plan.recipe.quantize {
+            let record = object.entry("sparsepack").or_insert_with(|| {
+                serde_json::json!({ "version": manifest.sparsepack, "format": manifest.format })
+            });
+            record["quantization"] = serde_json::json!({
+                "method": quantize.method,
+                "scheme": quantize.scheme,
+                "quantized_parameters": totals.quantized_parameters,
+            });
         }
     }
     Ok(config)
@@ -325,10 +336,12 @@ fn tensor_records(
                 shape: output.shape.clone(),
                 components: component_records(output, digests)?,
                 compressed_bytes: compressed_bytes(&output.name),
-                pruned: plan.pruned(&output.name).and_then(|(method, sparsity)| {
-                    let module = output.name.strip_suffix(".weight")?;
-                    let report = outcome.reports.iter().find(|report| report.layer == module)?;
-                    Some(PrunedRecord { method, sparsity, report: report.clone() })
+                pruned: plan.pruned(&output.name),
+                quantized: plan.layer(&output.name).and_then(|layer| layer.quantize).map(
+                    |Quantization { method, grid }| QuantizedRecord { method, grid: grid.to_string() },
+                ),
+                report: output.name.strip_suffix(".weight").and_then(|module| {
+                    outcome.reports.iter().find(|report| report.layer == module).cloned()
                 }),
             })
         })

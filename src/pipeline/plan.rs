@@ -4,9 +4,9 @@
 
 use std::collections::BTreeMap;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use sparsepack_formats::{
-    Encoding, FormatError, GgufLayout, ShardLayout,
+    Encoding, FormatError, GgmlType, GgufLayout, ShardLayout,
     container::{ContainerLayout, OriginalFile},
     encoding::MatrixShape,
 };
@@ -17,21 +17,31 @@ use super::{
     encodings::{Encodings, Scan},
     error::{PipelineError, Result},
     gguf::{Fallback, GgufPlan},
+    quantize::{Grids, Quantization},
+    targets::{Targets, Wanted},
 };
 use crate::{
     calibration::StatKind,
-    compress::{Method, SolveError, SolverOptions, Sparsity},
+    compress::{Method, Scheme, SolverOptions, Sparsity, check_target},
     model::{CapturePoint, ModelSource, ModelTensor, Role, TensorKind},
     recipe::{
-        BlockRange, OutputFormat, OutputRecipe, PruneRecipe, Recipe, RecipeError, Rule, Selector,
-        Sequential, WeightDType,
+        BlockRange, OutputFormat, OutputRecipe, Recipe, RecipeError, Sequential, WeightDType,
     },
 };
 
 /// A shard is closed before it would grow beyond this by default; a block is never split.
 const SHARD_BYTES: u64 = 4 << 30;
 
-/// One linear to prune.
+/// How much of a matrix becomes zero, and how that is chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Pruning {
+    /// How weights are chosen.
+    pub method: Method,
+    /// What to reach.
+    pub sparsity: Sparsity,
+}
+
+/// One linear to prune, to quantize, or both.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct LayerPlan {
     /// Module name, without `.weight`.
@@ -44,10 +54,27 @@ pub struct LayerPlan {
     pub rows: usize,
     /// `in_features`.
     pub cols: usize,
-    /// How weights are chosen.
-    pub method: Method,
-    /// What to reach.
-    pub sparsity: Sparsity,
+    /// What becomes zero.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prune: Option<Pruning>,
+    /// What weights are rounded to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub quantize: Option<Quantization>,
+    /// The block type that was asked for in a GGUF output; the grid is that of another where rows are
+    /// not whole blocks, and absent where that is no block type.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub block_type: Option<GgmlType>,
+    /// The source's zeros were made by pruning, and stay.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub keep_zeros: bool,
+}
+
+impl LayerPlan {
+    /// What calibration must collect for the layer.
+    pub fn needs(&self) -> StatKind {
+        let prune = self.prune.map_or(StatKind::None, |prune| prune.method.needs());
+        prune.max(self.quantize.map_or(StatKind::None, |quantize| quantize.method.needs()))
+    }
 }
 
 /// A matrix outside the blocks (output matrix, embeddings) to prune. Its inputs are not captured,
@@ -60,10 +87,8 @@ pub struct TablePlan {
     pub rows: usize,
     /// Columns.
     pub cols: usize,
-    /// How weights are chosen.
-    pub method: Method,
-    /// What to reach.
-    pub sparsity: Sparsity,
+    /// What becomes zero.
+    pub prune: Pruning,
 }
 
 /// One decoder block.
@@ -71,24 +96,24 @@ pub struct TablePlan {
 pub struct BlockPlan {
     /// Its number.
     pub index: usize,
-    /// Its linears to prune; the others stay dense.
+    /// Its linears to prune or quantize; the others stay as they are.
     pub layers: Vec<LayerPlan>,
 }
 
 impl BlockPlan {
-    /// The layers to prune whose input is `point`.
+    /// The layers to solve whose input is `point`.
     pub fn layers_at(&self, point: CapturePoint) -> impl Iterator<Item = &LayerPlan> {
         self.layers.iter().filter(move |layer| layer.capture == point)
     }
 
     /// What calibration must collect at `point`.
     pub fn needs_at(&self, point: CapturePoint) -> StatKind {
-        self.layers_at(point).map(|layer| layer.method.needs()).max().unwrap_or(StatKind::None)
+        self.layers_at(point).map(LayerPlan::needs).max().unwrap_or(StatKind::None)
     }
 
     /// The most that any point needs.
     pub fn needs(&self) -> StatKind {
-        self.layers.iter().map(|layer| layer.method.needs()).max().unwrap_or(StatKind::None)
+        self.layers.iter().map(LayerPlan::needs).max().unwrap_or(StatKind::None)
     }
 }
 
@@ -193,18 +218,13 @@ impl ConversionPlan {
     /// read.
     pub fn new(source: &ModelSource, recipe: &Recipe) -> Result<Self> {
         let config = source.config();
-        let (blocks, tables) = plan_layers(source, recipe)?;
-        let needs = blocks.iter().map(BlockPlan::needs).max().unwrap_or(StatKind::None);
-        check_calibration(recipe, needs, config.max_position_embeddings)?;
-
         let format = recipe.output.format.unwrap_or(OutputFormat::Safetensors);
         check_output(&recipe.output, format)?;
+        let solver = solver_options(recipe)?;
+        let (blocks, tables) = plan_layers(source, recipe, format, solver)?;
+        let needs = blocks.iter().map(BlockPlan::needs).max().unwrap_or(StatKind::None);
+        check_calibration(recipe, needs, config.max_position_embeddings)?;
         let level = archive::level(recipe, format)?;
-        let prune = recipe.prune.as_ref();
-        let solver = prune.map_or_else(SolverOptions::default, |prune| SolverOptions {
-            damp: prune.damp,
-            column_block: prune.column_block,
-        });
         let archived = archive::source_files(source, recipe, format)?;
         let (outputs, scan, gguf) = if format == OutputFormat::Gguf {
             let (outputs, gguf) = super::gguf::plan(source, recipe, &blocks, &tables)?;
@@ -230,7 +250,7 @@ impl ConversionPlan {
             flops: super::budget::conversion_flops(source, &blocks, &recipe.calibration),
             recipe: resolved,
             format,
-            sequential: prune.map(|prune| prune.sequential).unwrap_or_default(),
+            sequential: recipe.solver.sequential,
             solver,
             blocks,
             tables,
@@ -320,13 +340,17 @@ impl ConversionPlan {
         })
     }
 
-    /// Method and sparsity of the tensor `name`, if it is pruned.
-    pub fn pruned(&self, name: &str) -> Option<(Method, Sparsity)> {
+    /// The planned linear whose weight is the tensor `name`.
+    pub fn layer(&self, name: &str) -> Option<&LayerPlan> {
         let module = name.strip_suffix(".weight")?;
         let mut layers = self.blocks.iter().flat_map(|block| &block.layers);
-        let layer = layers.find(|layer| layer.module == module);
-        let table = self.table(name).map(|table| (table.method, table.sparsity));
-        layer.map(|layer| (layer.method, layer.sparsity)).or(table)
+        layers.find(|layer| layer.module == module)
+    }
+
+    /// How the tensor `name` is pruned, if it is.
+    pub fn pruned(&self, name: &str) -> Option<Pruning> {
+        let table = self.table(name).map(|table| table.prune);
+        self.layer(name).and_then(|layer| layer.prune).or(table)
     }
 
     /// The planned matrix outside the blocks whose weight is the tensor `name`.
@@ -336,22 +360,18 @@ impl ConversionPlan {
     }
 }
 
-/// The linears and tables to prune.
-fn plan_layers(source: &ModelSource, recipe: &Recipe) -> Result<(Vec<BlockPlan>, Vec<TablePlan>)> {
+/// The linears to solve and the tables to prune.
+fn plan_layers(
+    source: &ModelSource,
+    recipe: &Recipe,
+    format: OutputFormat,
+    solver: SolverOptions,
+) -> Result<(Vec<BlockPlan>, Vec<TablePlan>)> {
     let (arch, config) = (source.arch(), source.config());
     let count = config.num_hidden_layers;
-    let Some(prune) = &recipe.prune else {
-        if !recipe.rules.is_empty() {
-            return Err(contradiction(
-                "[[rule]] needs a [prune] section to be an exception of".into(),
-            ));
-        }
-        let dense = |index| BlockPlan { index, layers: Vec::new() };
-        return Ok(((0..count).map(dense).collect(), Vec::new()));
-    };
-    check_options(prune)?;
-    check_rules(recipe)?;
-    let only = prune.blocks.as_ref().map(|BlockRange(range)| range);
+    let mut targets = Targets::new(recipe)?;
+    let grids = Grids::new(source, recipe, format)?;
+    let only = recipe.solver.blocks.as_ref().map(|BlockRange(range)| range);
     if let Some(range) = only.filter(|range| range.end > count) {
         return Err(contradiction(format!(
             "blocks {}..{} were asked for but the model has {count}",
@@ -359,167 +379,99 @@ fn plan_layers(source: &ModelSource, recipe: &Recipe) -> Result<(Vec<BlockPlan>,
         )));
     }
 
-    let mut matched = MatchLog::default();
     let mut blocks = Vec::with_capacity(count);
     for index in 0..count {
         let mut layers = Vec::new();
         for spec in &arch.linears {
             let module = spec.module(index);
-            let hits = |selector: &Selector| selector.matches(&module, spec.role.name(), index);
-            let choice = choose(prune, recipe, &hits, &mut matched);
-            let inside = only.is_none_or(|range| range.contains(&index));
-            let Some((method, sparsity)) = choice.filter(|_| inside) else { continue };
+            let wanted = targets.of_linear(&module, spec.role, index);
+            if only.is_some_and(|range| !range.contains(&index)) {
+                continue;
+            }
+            let Wanted { prune, quantize } = wanted;
             let [rows, cols] = config.linear_shape(spec.role);
-            check_groups(&module, sparsity, cols)?;
+            if prune.is_none() && quantize.is_none() {
+                continue;
+            }
+            let block_type = match quantize.map(|wanted| wanted.scheme) {
+                Some(Scheme::Block(ty)) => Some(ty),
+                _ => None,
+            };
+            let quantize = match quantize {
+                Some(quantize) => grids.of_layer(&module, cols, quantize)?,
+                None => None,
+            };
+            let sparsity = prune.map(|prune| prune.sparsity);
+            let grid = quantize.map(|quantize| quantize.grid);
+            check_target(&module, cols, sparsity, grid, solver)?;
             layers.push(LayerPlan {
+                keep_zeros: prune.is_none() && grids.was_pruned(&module),
                 module,
                 role: spec.role,
                 capture: spec.capture,
                 rows,
                 cols,
-                method,
-                sparsity,
+                prune,
+                quantize,
+                block_type,
             });
         }
         blocks.push(BlockPlan { index, layers });
     }
-    let tables = plan_tables(source, prune, recipe, &mut matched)?;
+    let tables = plan_tables(source, &mut targets)?;
     let example = arch.linears.first().map(|spec| spec.module(0)).unwrap_or_default();
-    matched.check(prune, recipe, &example)?;
-    if tables.is_empty() && blocks.iter().all(|block| block.layers.is_empty()) {
-        return Err(contradiction("every layer is ignored, so there is nothing to prune".into()));
+    targets.check_all_matched(&example)?;
+    let nothing = tables.is_empty() && blocks.iter().all(|block| block.layers.is_empty());
+    if nothing && (recipe.prune.is_some() || recipe.quantize.is_some()) {
+        return Err(contradiction("every layer is ignored, so there is nothing to do".into()));
     }
     Ok((blocks, tables))
 }
 
 /// The output matrix and the embeddings, where a selector names them. A tied output matrix is the
 /// embeddings, and is named as such.
-fn plan_tables(
-    source: &ModelSource,
-    prune: &PruneRecipe,
-    recipe: &Recipe,
-    matched: &mut MatchLog,
-) -> Result<Vec<TablePlan>> {
+fn plan_tables(source: &ModelSource, targets: &mut Targets<'_>) -> Result<Vec<TablePlan>> {
     let mut tables = Vec::new();
     for tensor in source.tensors() {
         if !matches!(tensor.kind, TensorKind::Embedding | TensorKind::LmHead) {
             continue;
         }
         let module = tensor.name.strip_suffix(".weight").unwrap_or(&tensor.name).to_owned();
-        let hits = |selector: &Selector| selector.names_table(&module);
-        let Some((method, sparsity)) = choose(prune, recipe, &hits, matched) else { continue };
+        let wanted = targets.of_table(&module);
+        if wanted.quantize.is_some() {
+            return Err(contradiction(format!(
+                "{module}: only linears of the decoder blocks are quantized by a solver; --dtype \
+                 chooses the type of this matrix"
+            )));
+        }
+        let Some(prune) = wanted.prune else { continue };
         let MatrixShape { rows, cols } = MatrixShape::of(&tensor.shape);
-        if method.needs() > StatKind::None {
+        if prune.method.needs() > StatKind::None {
             return Err(contradiction(format!(
                 "{module}: {} needs the inputs of a layer, which are captured for the linears of \
                  the decoder blocks only; prune it with method magnitude, in a [[rule]] of its own",
-                method.name()
+                prune.method.name()
             )));
         }
-        check_groups(&module, sparsity, cols)?;
-        tables.push(TablePlan { module, rows, cols, method, sparsity });
+        check_target(&module, cols, Some(prune.sparsity), None, SolverOptions::default())?;
+        tables.push(TablePlan { module, rows, cols, prune });
     }
     Ok(tables)
 }
 
-fn check_groups(layer: &str, sparsity: Sparsity, cols: usize) -> Result<()> {
-    match sparsity {
-        Sparsity::NofM { m, .. } if !sparsity.fits(cols) => {
-            Err(SolveError::GroupSize { layer: layer.to_owned(), cols, m }.into())
-        }
-        _ => Ok(()),
+fn solver_options(recipe: &Recipe) -> Result<SolverOptions> {
+    let solver = &recipe.solver;
+    if !(solver.damp.is_finite() && solver.damp > 0.0) {
+        return Err(contradiction(format!("damp is {} (expected a positive number)", solver.damp)));
     }
-}
-
-fn check_options(prune: &PruneRecipe) -> Result<()> {
-    if !(prune.damp.is_finite() && prune.damp > 0.0) {
-        return Err(contradiction(format!("damp is {} (expected a positive number)", prune.damp)));
-    }
-    if prune.column_block == 0 {
+    if solver.column_block == 0 {
         return Err(contradiction("column_block is 0 (expected at least 1)".into()));
     }
-    Ok(())
-}
-
-fn check_rules(recipe: &Recipe) -> Result<()> {
-    let both = |rule: &&Rule| rule.dense && (rule.method.is_some() || rule.sparsity.is_some());
-    let Some(rule) = recipe.rules.iter().find(both) else { return Ok(()) };
-    let targets: Vec<String> = rule.targets.iter().map(|target| format!("`{target}`")).collect();
-    Err(contradiction(format!(
-        "[[rule]] for {} leaves layers dense and prunes them (give dense, or method and sparsity)",
-        targets.join(", ")
-    )))
-}
-
-/// Which selectors have matched something so far.
-#[derive(Default)]
-struct MatchLog(BTreeMap<(&'static str, usize), bool>);
-
-impl MatchLog {
-    fn any(
-        &mut self,
-        place: &'static str,
-        selectors: &[Selector],
-        first: usize,
-        hits: &dyn Fn(&Selector) -> bool,
-    ) -> bool {
-        let mut any = false;
-        for (offset, selector) in selectors.iter().enumerate() {
-            let hit = hits(selector);
-            *self.0.entry((place, first + offset)).or_default() |= hit;
-            any |= hit;
-        }
-        any
-    }
-
-    fn check(&self, prune: &PruneRecipe, recipe: &Recipe, example: &str) -> Result<()> {
-        let rules: Vec<&Selector> = recipe.rules.iter().flat_map(|rule| &rule.targets).collect();
-        for ((place, index), hit) in &self.0 {
-            if *hit {
-                continue;
-            }
-            let selector = match *place {
-                "targets" => &prune.targets[*index],
-                "ignore" => &prune.ignore[*index],
-                _ => rules[*index],
-            };
-            return Err(RecipeError::NoMatch {
-                selector: selector.to_string(),
-                place,
-                example: example.to_owned(),
-            }
-            .into());
-        }
-        Ok(())
-    }
-}
-
-/// Method and sparsity of the layer that `hits` tells selectors of, or `None` to leave it dense.
-/// Rules come first, in order.
-fn choose(
-    prune: &PruneRecipe,
-    recipe: &Recipe,
-    hits: &dyn Fn(&Selector) -> bool,
-    matched: &mut MatchLog,
-) -> Option<(Method, Sparsity)> {
-    let targeted = matched.any("targets", &prune.targets, 0, hits);
-    let ignored = matched.any("ignore", &prune.ignore, 0, hits);
-    let mut rule = None;
-    let mut first = 0;
-    for candidate in &recipe.rules {
-        let hit = matched.any("[[rule]] targets", &candidate.targets, first, hits);
-        first += candidate.targets.len();
-        if hit && rule.is_none() {
-            rule = Some(candidate);
-        }
-    }
-    match rule {
-        Some(rule) if rule.dense => None,
-        Some(rule) => {
-            Some((rule.method.unwrap_or(prune.method), rule.sparsity.unwrap_or(prune.sparsity)))
-        }
-        None => (targeted && !ignored).then_some((prune.method, prune.sparsity)),
-    }
+    Ok(SolverOptions {
+        damp: solver.damp,
+        column_block: solver.column_block,
+        act_order: recipe.quantize.as_ref().is_some_and(|quantize| quantize.act_order),
+    })
 }
 
 fn check_calibration(recipe: &Recipe, needs: StatKind, max_positions: usize) -> Result<()> {
@@ -527,7 +479,7 @@ fn check_calibration(recipe: &Recipe, needs: StatKind, max_positions: usize) -> 
     match (&calibration.file, needs) {
         (None, StatKind::None) => Ok(()),
         (Some(_), StatKind::None) => Err(contradiction(
-            "a calibration text is given, but no layer's method uses one (magnitude looks at \
+            "a calibration text is given, but no layer's method uses one (magnitude and rtn look at \
              weights only)"
                 .into(),
         )),

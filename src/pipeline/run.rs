@@ -5,7 +5,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use sparsepack_formats::{Digest, Encoder, Encoding};
+use sparsepack_formats::{
+    Digest, Encoder, Encoding, FormatError,
+    encoding::{self, MatrixShape, QuantizedRows},
+};
 
 use super::{
     copy::{copy_stored, is_stored_so},
@@ -14,16 +17,18 @@ use super::{
     loader::{LoadedBlock, round_to_stored},
     manifest::CalibrationRecord,
     packer::Packer,
-    plan::{BlockPlan, ConversionPlan, OutputTensor, TablePlan},
+    plan::{BlockPlan, ConversionPlan, LayerPlan, OutputTensor, TablePlan},
     progress::{BlockReport, Phase, PhaseTimes, Progress, resident_bytes},
     stages::StageContext,
     workers::Workers,
 };
 use crate::{
-    backend::{Backend, BackendJob, HostData, HostMatrix, SequenceLens},
+    backend::{
+        Backend, BackendJob, Grid, HostData, HostMatrix, Rounding, Scales, SequenceLens,
+    },
     calibration::{CalibrationSet, HiddenStates, HostActivations, StatKind, Statistic},
     compress::{Layer, LayerReport, SolveTimes, solver},
-    model::{BlockGeometry, CapturePoint, ModelSource, embed, from_gguf_rows, to_gguf_rows},
+    model::{BlockGeometry, CapturePoint, ModelSource, embed, from_gguf_rows, hf_row, to_gguf_rows},
     recipe::OutputFormat,
 };
 
@@ -127,7 +132,7 @@ impl<'a, B: Backend> Run<'a, B> {
         let source = super::output::probe_source(job.source)?;
         let tokens = job.calibration.map(|set| set.digest);
         let identity = RunIdentity::new(plan, source, tokens, &b.describe()).map_err(|source| {
-            sparsepack_formats::FormatError::Json { path: job.out.into(), source }
+            FormatError::Json { path: job.out.into(), source }
         })?;
         let interval = job.options.checkpoint_interval;
         let open_writer = |resume| super::output::open_writer(plan, job.out, job.workers, resume);
@@ -244,27 +249,30 @@ impl<'a, B: Backend> Run<'a, B> {
             progress: job.progress,
         };
         let (packer, unrecorded) = (&mut self.packer, &mut self.unrecorded);
-        let mut stored_zeros = Vec::new();
+        let mut stored = Vec::new();
         let mut finish = |loaded: &mut LoadedBlock<B>, point, times: &mut PhaseTimes| {
             for linear in loaded.linears.iter_mut().filter(|linear| linear.capture == point) {
                 let output = job.plan.output(&linear.tensor)?;
-                let stored = output.stored_name();
-                unrecorded.push(stored.to_owned());
+                let name = output.stored_name();
+                unrecorded.push(name.to_owned());
                 let tensor = job.source.tensor(&linear.tensor)?;
-                if is_stored_so(tensor, output) && job.plan.pruned(&output.name).is_none() {
+                let solved = job.plan.layer(&output.name);
+                if is_stored_so(tensor, output) && solved.is_none() {
                     times.time(Phase::Write, || {
-                        copy_stored(job.source, tensor, |bytes| packer.write(stored, 0, bytes))
+                        copy_stored(job.source, tensor, |part, bytes| packer.write(name, part, bytes))
                     })?;
                     continue;
                 }
-                let parts =
-                    times.time(Phase::Encode, || encode_matrix(output, &mut linear.weight))?;
-                stored_zeros.extend(zeros_left(output, &linear.weight));
+                let parts = times.time(Phase::Encode, || match &linear.rounding {
+                    Some(rounding) => encode_rounded(output, rounding),
+                    None => encode_matrix(output, &mut linear.weight),
+                })?;
+                stored.extend(solved.map(|layer| Stored::of(layer, output, &linear.weight)));
                 times.time(Phase::Write, || {
                     parts
                         .into_iter()
                         .enumerate()
-                        .try_for_each(|(component, bytes)| packer.write(stored, component, bytes))
+                        .try_for_each(|(component, bytes)| packer.write(name, component, bytes))
                 })?;
             }
             Ok(())
@@ -279,10 +287,10 @@ impl<'a, B: Backend> Run<'a, B> {
             }
             reports
         };
-        for (tensor, zeros) in stored_zeros {
-            let module = tensor.strip_suffix(".weight");
-            if let Some(report) = reports.iter_mut().find(|r| Some(r.layer.as_str()) == module) {
-                report.stored_zeros = Some(zeros);
+        for stored in stored {
+            if let Some(report) = reports.iter_mut().find(|report| report.layer == stored.layer) {
+                report.stored_zeros = stored.zeros;
+                report.bits_per_weight = stored.bits_per_weight;
             }
         }
         Ok(reports)
@@ -319,16 +327,18 @@ impl<'a, B: Backend> Run<'a, B> {
         let layer = Layer {
             name: plan.module.clone(),
             weight: b.upload(&values, plan.rows, plan.cols)?,
-            sparsity: plan.sparsity,
+            sparsity: Some(plan.prune.sparsity),
+            grid: None,
+            keep_zeros: false,
         };
         drop(values);
         let mut nothing = Statistic::new(b, StatKind::None, plan.cols)?;
         let mut spent = SolveTimes::default();
-        let solver = solver::<B>(plan.method, self.job.plan.solver_options());
+        let solver = solver::<B>(Some(plan.prune.method), None, self.job.plan.solver_options());
         for mut solved in solver.solve(b, vec![layer], &mut nothing, &mut spent)? {
             let mut weight = b.download(&solved.weight)?;
             let parts = encode_matrix(output, &mut weight)?;
-            solved.report.stored_zeros = zeros_left(output, &weight).map(|(_, zeros)| zeros);
+            solved.report.stored_zeros = zeros_left(output, &weight);
             for (component, bytes) in parts.into_iter().enumerate() {
                 self.packer.write(output.stored_name(), component, bytes)?;
             }
@@ -458,11 +468,60 @@ fn encode_matrix(output: &OutputTensor, weight: &mut [f32]) -> Result<Vec<Vec<u8
     Ok(parts)
 }
 
-/// Name and zeros of a matrix as stored, where its encoding moves zeros.
-fn zeros_left(output: &OutputTensor, stored: &[f32]) -> Option<(String, u64)> {
+/// Encodes codes and scales as they are. Returns the bytes of the components.
+fn encode_rounded(output: &OutputTensor, rounding: &Rounding) -> Result<Vec<Vec<u8>>> {
+    let reordered = output.permuted_heads.map(|heads| {
+        let rows = MatrixShape::of(&output.shape).rows;
+        rounding.reorder_rows(|row| hf_row(row, rows, heads))
+    });
+    let Rounding { codes, scales, .. } = reordered.as_ref().unwrap_or(rounding);
+    match (scales, output.encoding) {
+        (Scales::Blocks(blocks), Encoding::Ggml { ty }) => {
+            let mut bytes = Vec::new();
+            encoding::ggml::assemble(&output.name, ty, blocks, codes, &mut bytes)?;
+            Ok(vec![bytes])
+        }
+        (Scales::Groups { scales, zero_points }, encoding) => {
+            let has_points = matches!(rounding.grid(), Grid::Int { grid, .. } if !grid.symmetric);
+            let zero_points = if has_points { zero_points } else { &Vec::new() };
+            let mut encoder = Encoder::new(encoding, &output.name, &output.shape)?;
+            let rows = QuantizedRows { codes, scales, zero_points };
+            let mut parts = encoder.quantized_rows(rows)?;
+            for (part, rest) in parts.iter_mut().zip(encoder.finish()?) {
+                part.extend(rest);
+            }
+            Ok(parts)
+        }
+        (Scales::Blocks(_), encoding) => Err(FormatError::Encoding {
+            name: output.name.clone(),
+            what: format!("blocks were solved for, but the plan stores {encoding}"),
+        }
+        .into()),
+    }
+}
+
+/// What a solved layer's report says of its file.
+struct Stored {
+    layer: String,
+    zeros: Option<u64>,
+    bits_per_weight: Option<f64>,
+}
+
+impl Stored {
+    fn of(layer: &LayerPlan, output: &OutputTensor, weight: &[f32]) -> Self {
+        let weights = (layer.rows * layer.cols) as f64;
+        Self {
+            layer: layer.module.clone(),
+            zeros: layer.prune.and_then(|_| zeros_left(output, weight)),
+            bits_per_weight: (weights > 0.0).then(|| output.bytes as f64 * 8.0 / weights),
+        }
+    }
+}
+
+/// Zeros of a matrix as stored, where its encoding moves zeros.
+fn zeros_left(output: &OutputTensor, stored: &[f32]) -> Option<u64> {
     let moves = matches!(output.encoding, Encoding::Ggml { ty } if !ty.keeps_zeros());
-    let zeros = || stored.iter().filter(|value| **value == 0.0).count() as u64;
-    moves.then(|| (output.name.clone(), zeros()))
+    moves.then(|| stored.iter().filter(|value| **value == 0.0).count() as u64)
 }
 
 /// Tokens of a window.

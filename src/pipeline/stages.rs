@@ -19,7 +19,7 @@ use super::{
 use crate::{
     backend::{Backend, BackendError, SequenceLens},
     calibration::{HiddenStates, HostActivations, StatKind, Statistic},
-    compress::{Layer, LayerReport, Method, SolveTimes, SolverOptions, solver},
+    compress::{Layer, LayerReport, Method, Quantizer, SolveTimes, SolverOptions, solver},
     model::{Activations, Architecture, Block, BlockGeometry, CapturePoint, ModelConfig},
     recipe::Sequential,
 };
@@ -242,8 +242,8 @@ impl<B: Backend> StageContext<'_, B> {
         Ok(Statistic::new(self.backend, kind, features)?)
     }
 
-    /// Solves the planned layers that share the input at `point`, method by method: each takes all
-    /// its layers at once, so that SparseGPT factorises their Hessian once.
+    /// Solves the planned layers that share the input at `point`, one way of solving after the other:
+    /// each takes all its layers at once, so that their Hessian is factorised once.
     fn solve_point(
         &self,
         plan: &BlockPlan,
@@ -254,12 +254,12 @@ impl<B: Backend> StageContext<'_, B> {
     ) -> Result<Vec<LayerReport>> {
         let b = self.backend;
         let mut reports = Vec::new();
-        for method in [Method::Magnitude, Method::Wanda, Method::SparseGpt] {
-            let planned: Vec<&LayerPlan> =
-                plan.layers_at(point).filter(|layer| layer.method == method).collect();
-            if planned.is_empty() {
-                continue;
-            }
+        let mut rest: Vec<&LayerPlan> = plan.layers_at(point).collect();
+        while let Some(first) = rest.first() {
+            let (method, quantizer) = way(first);
+            let (planned, others) = rest.iter().partition(|layer| way(layer) == (method, quantizer));
+            rest = others;
+            let planned: Vec<&LayerPlan> = planned;
             let layers = planned
                 .iter()
                 .map(|layer| {
@@ -267,20 +267,23 @@ impl<B: Backend> StageContext<'_, B> {
                     Ok(Layer {
                         name: layer.module.clone(),
                         weight: b.upload(&linear.weight, linear.rows, linear.cols)?,
-                        sparsity: layer.sparsity,
+                        sparsity: layer.prune.map(|prune| prune.sparsity),
+                        grid: layer.quantize.map(|quantize| quantize.grid),
+                        keep_zeros: layer.keep_zeros,
                     })
                 })
                 .collect::<Result<Vec<_>>>()?;
             let mut spent = SolveTimes::default();
-            let solved =
-                solver::<B>(method, self.options).solve(b, layers, statistic, &mut spent)?;
+            let solver = solver::<B>(method, quantizer, self.options);
+            let solved = solver.solve(b, layers, statistic, &mut spent)?;
             for (layer, solved) in planned.iter().zip(solved) {
                 let at = position(&loaded.linears, layer)?;
                 loaded.linears[at].weight = b.download(&solved.weight)?;
+                loaded.linears[at].rounding = solved.rounding;
                 reports.push(solved.report);
             }
             let features = self.config.capture_width(point) as f64;
-            let hessian = method.needs() == StatKind::Hessian;
+            let hessian = solver.needs() == StatKind::Hessian;
             let sweep: f64 =
                 planned.iter().map(|layer| sweep_flops(layer.rows as f64, layer.cols as f64)).sum();
             times.charge(
@@ -330,6 +333,12 @@ impl<B: Backend> StageContext<'_, B> {
             })
             .sum()
     }
+}
+
+/// How a layer is solved: what prunes it and what rounds it.
+fn way(layer: &LayerPlan) -> (Option<Method>, Option<Quantizer>) {
+    let prune = layer.prune.map(|prune| prune.method);
+    (prune, layer.quantize.map(|quantize| quantize.method))
 }
 
 /// Where a planned layer stands among the linears of its block.

@@ -125,12 +125,13 @@ fn check_tensor(
     let Some(pruned) = &record.pruned else { return Ok(()) };
     let values = reader.read_f32(record.stored_name()).map_err(text)?;
     let zeros = values.iter().filter(|&&value| value == 0.0).count() as u64;
-    let stored = pruned.report.stored_zeros;
-    let expected = stored.unwrap_or(pruned.report.zeroed);
+    let zeroed = record.report.as_ref().map_or(0, |report| report.zeroed);
+    let stored = record.report.as_ref().and_then(|report| report.stored_zeros);
+    let expected = stored.unwrap_or(zeroed);
     if zeros < expected {
         return Err(format!("expected at least {expected} zeros, found {zeros}"));
     }
-    if stored.is_some_and(|stored| stored < pruned.report.zeroed) {
+    if stored.is_some_and(|stored| stored < zeroed) {
         // The manifest says that the pattern was lost.
         return Ok(());
     }

@@ -13,7 +13,10 @@ use sparsepack_formats::{DType, GgmlType};
 
 pub use selector::{BlockRange, ParseSelectorError, Selector};
 
-use crate::compress::{Method, Sparsity};
+use crate::{
+    backend::ScaleSearch,
+    compress::{Choice, GroupSize, Method, Quantizer, Scheme, SolverOptions, Sparsity},
+};
 
 /// A whole recipe. Every part may be left out.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -22,6 +25,11 @@ pub struct Recipe {
     /// How linears are pruned unless a rule says otherwise.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prune: Option<PruneRecipe>,
+    /// How linears are rounded unless a rule says otherwise.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub quantize: Option<QuantizeRecipe>,
+    /// How layers are solved, whatever is done to them.
+    pub solver: SolverRecipe,
     /// Exceptions, first match wins.
     #[serde(rename = "rule", skip_serializing_if = "Vec::is_empty")]
     pub rules: Vec<Rule>,
@@ -45,42 +53,81 @@ pub struct PruneRecipe {
     /// Which of them stay dense.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ignore: Vec<Selector>,
-    /// Only these decoder blocks, for trials; all by default.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub blocks: Option<BlockRange>,
-    /// Order of capture and solving inside a block.
-    #[serde(default)]
-    pub sequential: Sequential,
-    /// Damping as a fraction of the Hessian's mean diagonal.
-    #[serde(default = "default_damp")]
-    pub damp: f64,
-    /// Columns between lazy updates of SparseGPT.
-    #[serde(default = "default_column_block")]
-    pub column_block: usize,
 }
 
 impl PruneRecipe {
-    /// Every linear of the decoder blocks, everything else by default.
+    /// Every linear of the decoder blocks.
     pub fn new(method: Method, sparsity: Sparsity) -> Self {
+        Self { method, sparsity, targets: Selector::all_linears(), ignore: Vec::new() }
+    }
+}
+
+/// Grid and method of rounding.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct QuantizeRecipe {
+    /// `int4`, `f8_e4m3`, `q4_0`, ...
+    pub scheme: Scheme,
+    /// `gptq`, or `rtn` to round to nearest.
+    #[serde(default)]
+    pub method: Quantizer,
+    /// Columns that share a scale, or `channel`; by default 128, and a whole row for 8 bits. For
+    /// integers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group_size: Option<GroupSize>,
+    /// Integers have zero points of their own.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub asymmetric: bool,
+    /// How scales of integers are chosen; `mse` by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scales: Option<ScaleSearch>,
+    /// Sweep the columns in the order of descending `diag H`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub act_order: bool,
+    /// Which layers; all linears of the decoder blocks by default.
+    #[serde(default = "Selector::all_linears")]
+    pub targets: Vec<Selector>,
+    /// Which of them stay as they are.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ignore: Vec<Selector>,
+}
+
+impl QuantizeRecipe {
+    /// Every linear of the decoder blocks, everything else by default.
+    pub fn new(scheme: Scheme) -> Self {
         Self {
-            method,
-            sparsity,
+            scheme,
+            method: Quantizer::default(),
+            group_size: None,
+            asymmetric: false,
+            scales: None,
+            act_order: false,
             targets: Selector::all_linears(),
             ignore: Vec::new(),
-            blocks: None,
-            sequential: Sequential::default(),
-            damp: default_damp(),
-            column_block: default_column_block(),
         }
     }
 }
 
-fn default_damp() -> f64 {
-    crate::compress::SolverOptions::default().damp
+/// How layers are solved.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct SolverRecipe {
+    /// Only these decoder blocks, for trials; all by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub blocks: Option<BlockRange>,
+    /// Order of capture and solving inside a block.
+    pub sequential: Sequential,
+    /// Damping as a fraction of the Hessian's mean diagonal.
+    pub damp: f64,
+    /// Columns between lazy updates.
+    pub column_block: usize,
 }
 
-fn default_column_block() -> usize {
-    crate::compress::SolverOptions::default().column_block
+impl Default for SolverRecipe {
+    fn default() -> Self {
+        let SolverOptions { damp, column_block, .. } = SolverOptions::default();
+        Self { blocks: None, sequential: Sequential::default(), damp, column_block }
+    }
 }
 
 /// Order of capture and solving inside a block.
@@ -105,9 +152,15 @@ pub struct Rule {
     /// Another method.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub method: Option<Method>,
-    /// Another sparsity.
+    /// Another sparsity, or `none`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub sparsity: Option<Sparsity>,
+    pub sparsity: Option<Choice<Sparsity>>,
+    /// Another grid, or `none`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantize: Option<Choice<Scheme>>,
+    /// Another group of columns that share a scale.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group_size: Option<GroupSize>,
     /// Leave the layers as they are.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub dense: bool,
@@ -373,9 +426,19 @@ mod tests {
             method = "sparsegpt"
             sparsity = "2:4"
             ignore = ["re:.*down_proj$", "blocks:0..2"]
+            [quantize]
+            scheme = "int4"
+            group_size = 64
             [[rule]]
             targets = ["down_proj"]
             sparsity = "50%"
+            quantize = "int8"
+            group_size = "channel"
+            [[rule]]
+            targets = ["q_proj"]
+            sparsity = "none"
+            [solver]
+            sequential = "block"
             [calibration]
             file = "text.txt"
             samples = 32
@@ -386,7 +449,7 @@ mod tests {
         )
         .unwrap();
         let prune = recipe.prune.as_ref().unwrap();
-        assert!((prune.damp - 0.01).abs() < f64::EPSILON);
+        assert!((recipe.solver.damp - 0.01).abs() < f64::EPSILON);
         assert_eq!(prune.targets, Selector::all_linears());
         let json = serde_json::to_string(&recipe).unwrap();
         assert_eq!(serde_json::from_str::<Recipe>(&json).unwrap(), recipe);

@@ -41,14 +41,14 @@ const fn value(code: u8) -> f32 {
 
 /// The value of a code, exactly.
 #[inline]
-pub(super) fn to_f32(code: u8) -> f32 {
+pub fn to_f32(code: u8) -> f32 {
     VALUES[usize::from(code)]
 }
 
 /// The nearest code, ties to even; NaN for infinities and values above 464, which round beyond 448.
 /// Without a branch, so that a loop of it vectorises.
 #[inline]
-pub(super) fn round(value: f32) -> u8 {
+pub fn round(value: f32) -> u8 {
     // The smallest normal value, 2⁻⁶, and the float whose last place is that of a subnormal, 2⁻⁹.
     const NORMAL: u32 = 121 << 23;
     const LAST_PLACE: f32 = 16384.0;

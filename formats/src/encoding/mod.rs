@@ -5,7 +5,7 @@ mod ct_sparse24;
 mod ct_sparse_bitmask;
 pub mod dense;
 mod encoder;
-mod f8;
+pub mod f8;
 pub mod ggml;
 mod mask;
 mod nibbles;
@@ -299,6 +299,24 @@ impl Encoding {
                 | Self::CtIntQuantized { .. }
                 | Self::CtFloatQuantized { .. }
         )
+    }
+
+    /// Whether zeros are left out, so that a tensor of this encoding was sparse.
+    pub fn is_sparse(self) -> bool {
+        match self {
+            Self::Sparse24 { .. }
+            | Self::Nm { .. }
+            | Self::Bitmask { .. }
+            | Self::TorchCutlass { .. }
+            | Self::CtSparse24Bitmask { .. }
+            | Self::CtSparseBitmask { .. } => true,
+            Self::Int { kept, .. } => kept != Kept::All,
+            Self::Dense { .. }
+            | Self::Ggml { .. }
+            | Self::CtPackQuantized { .. }
+            | Self::CtIntQuantized { .. }
+            | Self::CtFloatQuantized { .. } => false,
+        }
     }
 
     /// Whether a tensor is packed and the safetensors file says so. Those of compressed-tensors follow

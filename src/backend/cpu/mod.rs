@@ -17,6 +17,8 @@ mod matrix;
 mod nll;
 mod norm;
 mod rope;
+mod rounding;
+mod scales;
 mod select;
 mod simd;
 mod solve;
@@ -31,7 +33,7 @@ pub use matrix::CpuMatrix;
 
 use super::{
     Activation, AttentionShape, BackendError, BlockOps, Precision, Result, RopeTables, Selection,
-    SequenceLens, SolveOps, StatOps, SweepRule,
+    Rounding, SequenceLens, SolveOps, StatOps, SweepRule,
 };
 
 /// Element type and instructions of matrix products.
@@ -215,6 +217,10 @@ impl SolveOps for Cpu {
         solve::zero_columns(w, columns)
     }
 
+    fn copy_zeros(&self, w: &mut CpuMatrix, from: &CpuMatrix) -> Result<()> {
+        solve::copy_zeros(w, from)
+    }
+
     fn zero_lowest(
         &self,
         w: &mut CpuMatrix,
@@ -229,9 +235,31 @@ impl SolveOps for Cpu {
         w: &mut CpuMatrix,
         u: &CpuMatrix,
         columns: Range<usize>,
-        rule: SweepRule,
+        rule: SweepRule<'_, CpuMatrix>,
+        rounding: Option<&mut Rounding>,
     ) -> Result<CpuMatrix> {
-        sweep::obs_sweep(w, u, columns, rule)
+        sweep::obs_sweep(w, u, columns, rule, rounding)
+    }
+
+    fn choose_scales(
+        &self,
+        w: &CpuMatrix,
+        importance: Option<&[f32]>,
+        rounding: &mut Rounding,
+    ) -> Result<()> {
+        rounding::choose_scales(w, importance, rounding)
+    }
+
+    fn round(&self, w: &mut CpuMatrix, rounding: &mut Rounding) -> Result<()> {
+        rounding::round(w, rounding)
+    }
+
+    fn permute_columns(&self, w: &CpuMatrix, order: &[usize]) -> Result<CpuMatrix> {
+        solve::permute_columns(w, order)
+    }
+
+    fn permute_symmetric(&self, h: &CpuMatrix, order: &[usize]) -> Result<CpuMatrix> {
+        solve::permute_symmetric(h, order)
     }
 
     fn trailing_update(

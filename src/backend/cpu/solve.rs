@@ -50,6 +50,56 @@ pub(super) fn zero_columns(w: &mut CpuMatrix, columns: &[usize]) -> Result<()> {
     Ok(())
 }
 
+/// Zeroes what is zero in `from`.
+pub(super) fn copy_zeros(w: &mut CpuMatrix, from: &CpuMatrix) -> Result<()> {
+    const OPERATION: &str = "copy_zeros";
+    from.expect_shape(OPERATION, w.rows, w.cols)?;
+    let from = from.f32s(OPERATION)?;
+    w.f32s_mut(OPERATION)?.par_iter_mut().zip(from).for_each(|(w, from)| {
+        if *from == 0.0 {
+            *w = 0.0;
+        }
+    });
+    Ok(())
+}
+
+/// The columns of a matrix in another order: column `i` is what `order[i]` was.
+pub(super) fn permute_columns(w: &CpuMatrix, order: &[usize]) -> Result<CpuMatrix> {
+    const OPERATION: &str = "permute_columns";
+    let cols = check_order(OPERATION, w.cols, order)?;
+    let from = w.f32s(OPERATION)?;
+    let mut permuted = vec![0.0f32; from.len()];
+    let strip = strip_len(STRIP, cols);
+    permuted.par_chunks_mut(strip).zip(from.par_chunks(strip)).for_each(|(to, from)| {
+        for (to, from) in to.chunks_exact_mut(cols).zip(from.chunks_exact(cols)) {
+            to.iter_mut().zip(order).for_each(|(to, &column)| *to = from[column]);
+        }
+    });
+    Ok(CpuMatrix::from_f32(w.rows, cols, permuted))
+}
+
+/// Rows and columns of a symmetric matrix, given by its lower triangle, in another order.
+pub(super) fn permute_symmetric(h: &CpuMatrix, order: &[usize]) -> Result<CpuMatrix> {
+    const OPERATION: &str = "permute_symmetric";
+    let n = check_order(OPERATION, h.rows, order)?;
+    h.expect_shape(OPERATION, n, n)?;
+    let from = h.f32s(OPERATION)?;
+    let mut permuted = vec![0.0f32; n * n];
+    permuted.par_chunks_mut(n.max(1)).zip(order).enumerate().for_each(|(i, (row, &a))| {
+        for (to, &b) in row.iter_mut().zip(&order[..=i]) {
+            *to = from[a.max(b) * n + a.min(b)];
+        }
+    });
+    Ok(CpuMatrix::from_f32(n, n, permuted))
+}
+
+fn check_order(operation: &'static str, n: usize, order: &[usize]) -> Result<usize> {
+    if order.len() != n || order.iter().any(|&index| index >= n) {
+        return Err(shape_error(operation, format!("an order of {} for {n}", order.len())));
+    }
+    Ok(n)
+}
+
 /// `U` upper triangular with `UᵀU = (H + damp·I)⁻¹`.
 ///
 /// With `J` the reversal of indices and `J (H + damp·I) J = L Lᵀ`, the inverse is

@@ -10,12 +10,13 @@ use rayon::prelude::*;
 use super::CpuMatrix;
 use super::linalg::{self, Into, View, ViewMut};
 use super::matrix::{shape_error, strip_len};
+use super::rounding::Rounder;
 use super::select::{self, Lowest};
 use super::simd::vectorised;
-use crate::backend::{Result, SweepRule};
+use crate::backend::{Result, Rounding, SweepRule};
 
 /// Rows of a strip: their part of a column block of 128 columns is 32 KiB.
-const SWEEP_STRIP: usize = 64;
+pub(super) const SWEEP_STRIP: usize = 64;
 /// Rows of a strip of the lazy update.
 const UPDATE_STRIP: usize = 256;
 
@@ -23,6 +24,9 @@ const UPDATE_STRIP: usize = 256;
 struct Block {
     u: Vec<f32>,
     diagonal: Vec<f32>,
+    /// What an error in each column costs: `1 / u_jj²`.
+    cost: Vec<f32>,
+    first: usize,
     width: usize,
 }
 
@@ -30,9 +34,12 @@ impl Block {
     fn new(u: &[f32], cols: usize, columns: Range<usize>) -> Self {
         let width = columns.len();
         let rows = columns.clone().map(|j| &u[j * cols..][columns.clone()]);
+        let diagonal: Vec<f32> = columns.clone().map(|j| u[j * cols + j]).collect();
         Self {
             u: rows.flatten().copied().collect(),
-            diagonal: columns.clone().map(|j| u[j * cols + j]).collect(),
+            cost: diagonal.iter().map(|u| 1.0 / (u * u)).collect(),
+            diagonal,
+            first: columns.start,
             width,
         }
     }
@@ -51,12 +58,13 @@ impl Block {
     }
 }
 
-/// Zeroes weights of a column block and moves their errors to the right inside the block.
+/// Zeroes and rounds weights of a column block and moves their errors to the right inside the block.
 pub(super) fn obs_sweep(
     w: &mut CpuMatrix,
     u: &CpuMatrix,
     columns: Range<usize>,
-    rule: SweepRule,
+    rule: SweepRule<'_, CpuMatrix>,
+    rounding: Option<&mut Rounding>,
 ) -> Result<CpuMatrix> {
     const OPERATION: &str = "obs_sweep";
     let (rows, cols, width) = (w.rows, w.cols, columns.len());
@@ -68,6 +76,16 @@ pub(super) fn obs_sweep(
         && (m == 0 || !width.is_multiple_of(m))
     {
         return Err(shape_error(OPERATION, format!("groups of {m} in {width} columns")));
+    }
+    if let Some(rounding) = &rounding {
+        check_rounding(OPERATION, rounding, (rows, cols), &columns)?;
+        let group = rounding.grid().group(cols);
+        if let Some((_, m)) = rule.group()
+            && rounding.chooses()
+            && !group.is_multiple_of(m)
+        {
+            return Err(shape_error(OPERATION, format!("groups of {m} in groups of {group}")));
+        }
     }
     let u = u.f32s(OPERATION)?;
     let block = Block::new(u, cols, columns.clone());
@@ -81,73 +99,148 @@ pub(super) fn obs_sweep(
         work.copy_from_slice(&w[columns.clone()]);
     });
     let mut zero = vec![false; rows * width];
-    if let SweepRule::Lowest { zeros } = rule {
-        let lowest = Lowest::find(&work, width, zeros, |w, j| block.score(w, j));
-        lowest.mark(&work, &mut zero, width, |w, j| block.score(w, j));
+    match rule {
+        SweepRule::Lowest { zeros } => {
+            let lowest = Lowest::find(&work, width, zeros, |w, j| block.score(w, j));
+            lowest.mark(&work, &mut zero, width, |w, j| block.score(w, j));
+        }
+        SweepRule::ZerosOf(pruned) => {
+            pruned.expect_shape(OPERATION, rows, cols)?;
+            let pruned = pruned.f32s(OPERATION)?.chunks_exact(cols);
+            for (zero, pruned) in zero.chunks_exact_mut(width).zip(pruned) {
+                let pruned = pruned[columns.clone()].iter();
+                zero.iter_mut().zip(pruned).for_each(|(zero, w)| *zero = *w == 0.0);
+            }
+        }
+        SweepRule::Group { .. } | SweepRule::Nothing => {}
     }
     let strip = strip_len(SWEEP_STRIP, width);
+    let rounders: Vec<Option<Rounder<'_>>> = match rounding {
+        Some(rounding) => {
+            rounding.strips(SWEEP_STRIP).into_iter().map(|strip| Some(Rounder::new(strip))).collect()
+        }
+        None => (0..work.len().div_ceil(strip)).map(|_| None).collect(),
+    };
     work.par_chunks_mut(strip)
         .zip(zero.par_chunks(strip))
         .zip(w.par_chunks_mut(strip_len(SWEEP_STRIP, cols)))
-        .for_each(|((work, zero), w)| {
+        .zip(rounders)
+        .for_each(|(((work, zero), w), rounder)| {
             let mut swept = transposed(work, width);
             let mut zero = transposed(zero, width);
-            sweep_strip(&block, rule, &mut swept, &mut zero);
+            let mut errors = vec![0.0; swept.len()];
+            sweep_strip(&block, rule.group(), rounder, &mut swept, &mut errors, &mut zero);
             let rows = work.len() / width;
             let lanes = work.chunks_exact_mut(width).zip(w.chunks_exact_mut(cols)).enumerate();
             for (lane, (work, w)) in lanes {
                 for (j, (err, w)) in work.iter_mut().zip(&mut w[columns.clone()]).enumerate() {
-                    // What was swept is an error where a weight was zeroed, else the weight.
-                    let value = swept[j * rows + lane];
-                    (*err, *w) = if zero[j * rows + lane] { (value, 0.0) } else { (0.0, value) };
+                    (*err, *w) = (errors[j * rows + lane], swept[j * rows + lane]);
                 }
             }
         });
     Ok(CpuMatrix::from_f32(rows, width, work))
 }
 
+/// Refuses a rounding of another matrix, or of groups that the column block cuts.
+fn check_rounding(
+    operation: &'static str,
+    rounding: &Rounding,
+    (rows, cols): (usize, usize),
+    columns: &Range<usize>,
+) -> Result<()> {
+    let span = rounding.grid().span(cols);
+    if rounding.cols() != cols || rounding.codes.len() != rows * cols {
+        return Err(shape_error(operation, format!("codes of another matrix than {rows} × {cols}")));
+    }
+    let whole = columns.start.is_multiple_of(span) && columns.len().is_multiple_of(span);
+    if rounding.chooses() && !whole {
+        return Err(shape_error(operation, format!("groups of {span} in columns {columns:?}")));
+    }
+    Ok(())
+}
+
 /// The transpose of some rows of `width` columns.
-fn transposed<T: Copy>(rows: &[T], width: usize) -> Vec<T> {
+pub(super) fn transposed<T: Copy>(rows: &[T], width: usize) -> Vec<T> {
     (0..width).flat_map(|j| rows.iter().skip(j).step_by(width)).copied().collect()
 }
 
 vectorised! {
     /// Sweeps a strip of rows of a column block, given column by column: marks in `zero` what a rule
-    /// chooses group by group, and leaves in `work` the scaled error of each weight that is zeroed,
-    /// the new value of the others.
+    /// chooses group by group (so many zeros of so many columns), and leaves in `work` the new weights
+    /// and in `errors` their scaled errors.
     fn sweep_strip<'a>(
         block: &'a Block,
-        rule: SweepRule,
+        groups: Option<(usize, usize)>,
+        rounder: Option<Rounder<'a>>,
         work: &'a mut [f32],
+        errors: &'a mut [f32],
         zero: &'a mut [bool],
     ) {
         // Loops over the rows of a column; their number is not a constant, or the compiler would
         // unroll them and vectorise the loop over columns with gathers.
         let rows = work.len() / block.width;
-        let mut err = vec![0.0; rows];
+        let mut rounder = rounder;
+        let mut rounded = vec![0.0; rows];
         let mut ranking = Ranking::new(rows);
         for j in 0..block.width {
             let (work, zero) = (&mut work[j * rows..], &mut zero[j * rows..]);
-            if let SweepRule::Group { zeros, m } = rule
+            if let Some((zeros, m)) = groups
                 && j % m == 0
             {
-                let group = ..m * rows;
-                ranking.choose(block, &work[group], j, zeros as u32, &mut zero[group]);
+                ranking.choose(block, &work[..m * rows], j, zeros as u32, &mut zero[..m * rows]);
+            }
+            if let Some(rounder) = &mut rounder
+                && let Some(count) = rounder.chooses(block.first + j)
+            {
+                let expected = expected(block, groups, &mut ranking, (work, zero), j, count);
+                rounder.choose(block.first + j, &expected, &block.cost[j..][..count]);
             }
             let (column, right) = work.split_at_mut(rows);
+            let err = &mut errors[j * rows..][..rows];
             let diagonal = block.diagonal[j];
-            for ((err, w), zero) in err.iter_mut().zip(column).zip(&*zero) {
-                let scaled = *w / diagonal;
-                *err = if *zero { scaled } else { 0.0 };
-                *w = if *zero { scaled } else { *w };
+            match &mut rounder {
+                Some(rounder) => rounder.round(block.first + j, column, &zero[..rows], &mut rounded),
+                None => {
+                    for ((rounded, w), zero) in rounded.iter_mut().zip(&*column).zip(&*zero) {
+                        *rounded = if *zero { 0.0 } else { *w };
+                    }
+                }
+            }
+            for ((err, w), rounded) in err.iter_mut().zip(column).zip(&rounded) {
+                *err = (*w - rounded) / diagonal;
+                *w = *rounded;
             }
             for (column, u) in right.chunks_exact_mut(rows).zip(block.right_of(j)) {
-                for (w, err) in column.iter_mut().zip(&err) {
+                for (w, err) in column.iter_mut().zip(&*err) {
                     *w -= err * u;
                 }
             }
         }
     }
+}
+
+/// The next `count` columns as far as scales are to hold them: zero where they are pruned. Groups of an
+/// n:m rule that the sweep has not reached are ranked by the weights they have now.
+#[allow(clippy::inline_always, reason = "part of a vectorised body")]
+#[inline(always)]
+fn expected(
+    block: &Block,
+    groups: Option<(usize, usize)>,
+    ranking: &mut Ranking,
+    (work, zero): (&[f32], &[bool]),
+    j: usize,
+    count: usize,
+) -> Vec<f32> {
+    let rows = ranking.lower.len();
+    let mut marks = zero[..count * rows].to_vec();
+    if let Some((zeros, m)) = groups {
+        for first in (m..count).step_by(m) {
+            let group = first * rows..(first + m) * rows;
+            ranking.choose(block, &work[group.clone()], j + first, zeros as u32, &mut marks[group]);
+        }
+    }
+    let kept = |(w, zero): (&f32, &bool)| if *zero { 0.0 } else { *w };
+    work[..count * rows].iter().zip(&marks).map(kept).collect()
 }
 
 /// Ranks the weights of groups, for a strip of rows.

@@ -1,0 +1,430 @@
+//! Rounds the columns of a strip of rows to a [`Grid`], each row in a lane of its own.
+//!
+//! Weights are given as columns, one after the other, each with the strip's rows. The arithmetic of a
+//! value is that of decoding it from its stored code, operation by operation, so that what a sweep goes
+//! on with is what a reader of the file will see.
+#![allow(clippy::inline_always, reason = "parts of a vectorised body")]
+
+use half::f16;
+use rayon::prelude::*;
+use sparsepack_formats::{
+    DType,
+    encoding::{
+        f8,
+        ggml::{BlockGrid, BlockScales, MAX_GROUPS},
+        IntGrid,
+    },
+};
+
+use super::{
+    CpuMatrix,
+    matrix::{shape_error, strip_len},
+    scales::{self, Group, limited, nearest},
+    simd::{self, vectorised},
+    sweep::{SWEEP_STRIP, transposed},
+};
+use crate::backend::{
+    Result,
+    grid::{F8_MAX, Grid, Rounding, RoundingStrip, ScaleSearch, StripScales},
+};
+
+/// Rounds columns and keeps their codes and scales.
+pub(super) struct Rounder<'a> {
+    strip: RoundingStrip<'a>,
+    rows: usize,
+    /// Scale, zero point and minimum of each row in the group that `loaded` names.
+    scale: Vec<f32>,
+    zero_point: Vec<f32>,
+    min: Vec<f32>,
+    loaded: Option<usize>,
+}
+
+impl<'a> Rounder<'a> {
+    pub(super) fn new(strip: RoundingStrip<'a>) -> Self {
+        let rows = strip.codes.len() / strip.cols.max(1);
+        let zeros = || vec![0.0; rows];
+        Self {
+            strip,
+            rows,
+            scale: zeros(),
+            zero_point: zeros(),
+            min: zeros(),
+            loaded: None,
+        }
+    }
+
+    /// Columns from `at` on whose weights must be known to choose scales there; `None` where none are
+    /// chosen.
+    #[inline(always)]
+    pub(super) fn chooses(&self, at: usize) -> Option<usize> {
+        let (span, group) = (self.strip.grid.span(self.strip.cols), self.strip.grid.group(self.strip.cols));
+        match () {
+            () if self.strip.fixed || !at.is_multiple_of(group) => None,
+            () if at.is_multiple_of(span) => Some(span),
+            () => Some(group),
+        }
+    }
+
+    /// Chooses the scales of what starts at column `at`: of a whole span, or of a later group of a
+    /// block, under the block's scales. `values` are the weights of as many columns as
+    /// [`chooses`](Self::chooses) says, zero where they will be pruned; `h` is what errors cost.
+    #[inline(always)]
+    pub(super) fn choose(&mut self, at: usize, values: &[f32], h: &[f32]) {
+        let span = self.strip.grid.span(self.strip.cols);
+        let group = Group { values, h, rows: self.rows };
+        let (nth, spans) = (at / span, self.strip.cols / span);
+        self.loaded = None;
+        match (self.strip.grid, &mut self.strip.scales) {
+            (Grid::Int { grid, search }, StripScales::Groups { scales, zero_points }) => {
+                let (found, points) = int_scales(group, grid, search);
+                for (lane, (scale, point)) in found.iter().zip(&points).enumerate() {
+                    scales[lane * spans + nth] = *scale;
+                    zero_points[lane * spans + nth] = *point as i8;
+                }
+            }
+            (Grid::F8E4m3 { scale: dtype }, StripScales::Groups { scales, .. }) => {
+                for (lane, extreme) in group.extremes().iter().enumerate() {
+                    scales[lane * spans + nth] = stored(dtype, extreme.abs() / F8_MAX);
+                }
+            }
+            (Grid::Block { grid, .. }, StripScales::Blocks(blocks)) => {
+                let first = at % span / grid.group_len;
+                if first == 0 {
+                    let lanes = blocks.iter_mut().skip(nth).step_by(spans);
+                    lanes.zip(block_scales(group, grid)).for_each(|(block, found)| *block = found);
+                }
+                if grid.scales.is_some() {
+                    let mut lanes: Vec<BlockScales> =
+                        blocks.iter().skip(nth).step_by(spans).copied().collect();
+                    refine(group.part(0, grid.group_len), grid, first, &mut lanes);
+                    let blocks = blocks.iter_mut().skip(nth).step_by(spans);
+                    blocks.zip(lanes).for_each(|(block, lane)| *block = lane);
+                }
+            }
+            // `Rounding::new` pairs grids and scales.
+            _ => {}
+        }
+    }
+
+    /// The scales of column `column` of the matrix, if they are not there yet.
+    #[inline(always)]
+    fn load(&mut self, column: usize) {
+        let (cols, grid) = (self.strip.cols, self.strip.grid);
+        let (span, group) = (grid.span(cols), grid.group(cols));
+        if self.loaded == Some(column / group) {
+            return;
+        }
+        self.loaded = Some(column / group);
+        let (nth, spans) = (column / span, cols / span);
+        match &self.strip.scales {
+            StripScales::Groups { scales, zero_points } => {
+                for lane in 0..self.rows {
+                    self.scale[lane] = scales[lane * spans + nth];
+                    self.zero_point[lane] = f32::from(zero_points[lane * spans + nth]);
+                }
+            }
+            StripScales::Blocks(blocks) => {
+                let within = column % span / group;
+                for (lane, block) in blocks.iter().skip(nth).step_by(spans).enumerate() {
+                    (self.scale[lane], self.min[lane]) = block.group(within);
+                }
+            }
+        }
+    }
+
+    /// Rounds the weights `w` of the column at position `at`, or zero where `zero` says so, into
+    /// `rounded`.
+    #[inline(always)]
+    pub(super) fn round(&mut self, at: usize, w: &[f32], zero: &[bool], rounded: &mut [f32]) {
+        let column = self.strip.order.map_or(at, |order| order[at]);
+        self.load(column);
+        let (low, high, dtype) = match self.strip.grid {
+            Grid::Int { grid, .. } => {
+                let half = 1i32 << (grid.bits - 1);
+                (-half as f32, (half - 1) as f32, grid.scale)
+            }
+            Grid::Block { grid, .. } => (f32::from(grid.low), f32::from(grid.high), DType::F32),
+            Grid::F8E4m3 { scale } => return self.round_f8(column, scale, w, zero, rounded),
+        };
+        let parameters = self.scale.iter().zip(&self.zero_point).zip(&self.min);
+        let codes = self.strip.codes[column..].iter_mut().step_by(self.strip.cols);
+        let mut found = [0.0f32; SWEEP_STRIP];
+        let lanes = w.iter().zip(zero).zip(&mut *rounded).zip(&mut found).zip(parameters);
+        for ((((w, zero), rounded), code), ((scale, point), min)) in lanes {
+            let target = if *zero { 0.0 } else { *w };
+            let divisor = if *scale == 0.0 { f32::INFINITY } else { *scale };
+            let level = nearest(limited((target + min) / divisor, low - point, high - point));
+            *code = level + point;
+            *rounded = scale * level - min;
+        }
+        round_to_type(dtype, rounded);
+        codes.zip(&found).for_each(|(to, code)| *to = *code as i8);
+    }
+
+    #[inline(always)]
+    fn round_f8(
+        &mut self,
+        column: usize,
+        dtype: DType,
+        w: &[f32],
+        zero: &[bool],
+        rounded: &mut [f32],
+    ) {
+        let codes = self.strip.codes[column..].iter_mut().step_by(self.strip.cols);
+        let lanes = w.iter().zip(zero).zip(&mut *rounded).zip(codes).zip(&self.scale);
+        for ((((w, zero), rounded), code), scale) in lanes {
+            let target = if *zero || *scale == 0.0 { 0.0 } else { *w / scale };
+            let bits = f8::round(limited(target, -F8_MAX, F8_MAX));
+            *code = bits as i8;
+            *rounded = scale * f8::to_f32(bits);
+        }
+        round_to_type(dtype, rounded);
+    }
+}
+
+/// Rounds values to what a type holds.
+#[inline(always)]
+fn round_to_type(dtype: DType, values: &mut [f32]) {
+    match dtype {
+        DType::Bf16 => values.iter_mut().for_each(|value| *value = simd::round(*value).to_f32()),
+        DType::F16 => values.iter_mut().for_each(|value| *value = f16::from_f32(*value).to_f32()),
+        _ => {}
+    }
+}
+
+/// A scale as its type holds it.
+fn stored(dtype: DType, scale: f32) -> f32 {
+    let mut scale = [scale];
+    round_to_type(dtype, &mut scale);
+    scale[0]
+}
+
+/// Scales and zero points of a group of integers.
+#[inline(always)]
+fn int_scales(group: Group<'_>, grid: IntGrid, search: ScaleSearch) -> (Vec<f32>, Vec<f32>) {
+    let half = 1i32 << (grid.bits - 1);
+    let (low, high) = (-half as f32, (half - 1) as f32);
+    // As compressed-tensors: the largest magnitude lies half a step beyond the greatest code.
+    let reach = (high - low) / 2.0;
+    let store = |scale: &f32| stored(grid.scale, *scale);
+    if grid.symmetric {
+        let scales = match search {
+            ScaleSearch::Minmax => {
+                group.extremes().iter().map(|extreme| extreme.abs() / reach).collect()
+            }
+            ScaleSearch::Mse => {
+                let parts = scales::parts(1 << grid.bits, reach);
+                let mut extremes = group.extremes();
+                extremes.iter_mut().for_each(|extreme| *extreme = extreme.abs());
+                scales::symmetric(group, &extremes, &parts, (low, high))
+            }
+        };
+        return (scales.iter().map(store).collect(), vec![0.0; group.rows]);
+    }
+    let (least, greatest) = group.range();
+    let shrinks: &[f32] = match search {
+        ScaleSearch::Minmax => &[1.0],
+        ScaleSearch::Mse => &[1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.79, 0.76, 0.73, 0.7],
+    };
+    let mut best = vec![f32::INFINITY; group.rows];
+    let (mut scales, mut points) = (vec![0.0; group.rows], vec![0.0; group.rows]);
+    for shrink in shrinks {
+        let ends = least.iter().zip(&greatest);
+        // The range must hold zero.
+        let (tried, point): (Vec<f32>, Vec<f32>) = ends
+            .map(|(least, greatest)| {
+                let (least, greatest) = (least.min(0.0) * shrink, greatest.max(0.0) * shrink);
+                let scale = stored(grid.scale, (greatest - least) / (high - low));
+                let divisor = if scale == 0.0 { f32::INFINITY } else { scale };
+                (scale, nearest(limited(low - least / divisor, low, high)))
+            })
+            .unzip();
+        // With the zero point inside the minimum, codes start at `low`.
+        let min: Vec<f32> = tried.iter().zip(&point).map(|(scale, point)| scale * point).collect();
+        let errors = group.error(&tried, &min, low, high);
+        for lane in 0..group.rows {
+            if errors[lane] < best[lane] {
+                (best[lane], scales[lane], points[lane]) = (errors[lane], tried[lane], point[lane]);
+            }
+        }
+    }
+    (scales, points)
+}
+
+/// Scales and minima of the groups of a block, before they are rounded.
+#[inline(always)]
+fn search(group: Group<'_>, grid: BlockGrid) -> (Vec<f32>, Vec<f32>) {
+    let (low, high) = (f32::from(grid.low), f32::from(grid.high));
+    let levels = usize::from(grid.high.abs_diff(grid.low)) + 1;
+    if grid.mins.is_some() {
+        return scales::affine(group, &scales::parts(levels, high), high);
+    }
+    // The largest value at either end of the codes.
+    let mut parts = scales::parts(levels, low);
+    parts.extend(scales::parts(levels, high));
+    let scales = scales::symmetric(group, &group.extremes(), &parts, (low, high));
+    (scales, vec![0.0; group.rows])
+}
+
+/// A scale for the scales of each row of a block, and these rounded under it.
+#[inline(always)]
+fn block_scales(block: Group<'_>, grid: BlockGrid) -> Vec<BlockScales> {
+    let groups: Vec<(Vec<f32>, Vec<f32>)> = (0..grid.groups())
+        .map(|g| search(block.part(g * grid.group_len, grid.group_len), grid))
+        .collect();
+    let row = |lane: usize| {
+        let Some((low, high)) = grid.scales else {
+            let d = binary16(groups[0].0[lane]);
+            return BlockScales { d, scales: [1; MAX_GROUPS], ..BlockScales::default() };
+        };
+        let mut largest = (0.0f32, 0.0f32);
+        for (scales, mins) in &groups {
+            largest.0 = if scales[lane].abs() > largest.0.abs() { scales[lane] } else { largest.0 };
+            largest.1 = largest.1.max(mins[lane]);
+        }
+        // Signed scales reach one further below zero than above.
+        let reach = if low < 0 { f32::from(low) } else { f32::from(high) };
+        let (d, dmin) = (binary16(largest.0 / reach), match grid.mins {
+            Some(top) => binary16(largest.1 / f32::from(top)),
+            None => f16::ZERO,
+        });
+        let mut found = BlockScales { d, dmin, ..BlockScales::default() };
+        for (g, (scales, mins)) in groups.iter().enumerate() {
+            found.scales[g] = integer(scales[lane], d, low, high);
+            found.mins[g] = integer(mins[lane], dmin, 0, grid.mins.unwrap_or(0));
+        }
+        found
+    };
+    (0..block.rows).map(row).collect()
+}
+
+/// Chooses the integer scale and minimum of group `g` of each row again, for its weights as they are
+/// now, under the block's scales.
+#[inline(always)]
+fn refine(group: Group<'_>, grid: BlockGrid, g: usize, lanes: &mut [BlockScales]) {
+    let Some((least, greatest)) = grid.scales else { return };
+    let top = grid.mins.unwrap_or(0);
+    let (scales, mins) = search(group, grid);
+    for (lane, block) in lanes.iter_mut().enumerate() {
+        block.scales[g] = integer(scales[lane], block.d, least, greatest);
+        block.mins[g] = integer(mins[lane], block.dmin, 0, top);
+    }
+    let start: Vec<(i8, i8)> = lanes.iter().map(|block| (block.scales[g], block.mins[g])).collect();
+    let mut best = vec![f32::INFINITY; lanes.len()];
+    let mut tried = lanes.to_vec();
+    let min_steps: &[i8] = if grid.mins.is_some() { &[0, -1, 1] } else { &[0] };
+    for scale_step in [0i8, -1, 1] {
+        for min_step in min_steps {
+            for (block, (scale, min)) in tried.iter_mut().zip(&start) {
+                block.scales[g] = scale.saturating_add(scale_step).clamp(least, greatest);
+                block.mins[g] = min.saturating_add(*min_step).clamp(0, top);
+            }
+            let (scale, min): (Vec<f32>, Vec<f32>) =
+                tried.iter().map(|block| block.group(g)).unzip();
+            let errors = group.error(&scale, &min, f32::from(grid.low), f32::from(grid.high));
+            for (lane, error) in errors.iter().enumerate() {
+                if *error < best[lane] {
+                    best[lane] = *error;
+                    lanes[lane] = tried[lane];
+                }
+            }
+        }
+    }
+}
+
+/// A scale or minimum as an integer under `d`.
+fn integer(value: f32, d: f16, low: i8, high: i8) -> i8 {
+    let d = d.to_f32();
+    let whole = if d == 0.0 { 0.0 } else { nearest(limited(value / d, -256.0, 256.0)) };
+    whole.clamp(f32::from(low), f32::from(high)) as i8
+}
+
+/// The nearest finite binary16 value.
+fn binary16(value: f32) -> f16 {
+    f16::from_f32(limited(value, -65504.0, 65504.0))
+}
+
+/// Chooses the scales of every group of `w`.
+pub(super) fn choose_scales(
+    w: &CpuMatrix,
+    importance: Option<&[f32]>,
+    rounding: &mut Rounding,
+) -> Result<()> {
+    const OPERATION: &str = "choose_scales";
+    let cols = check(OPERATION, w, rounding)?;
+    let h = match importance {
+        Some(h) if h.len() != cols => {
+            return Err(shape_error(OPERATION, format!("{} weights of {cols} columns", h.len())));
+        }
+        Some(h) => h.to_vec(),
+        None => vec![1.0; cols],
+    };
+    let w = w.f32s(OPERATION)?;
+    rounding
+        .strips(SWEEP_STRIP)
+        .into_par_iter()
+        .zip(w.par_chunks(strip_len(SWEEP_STRIP, cols)))
+        .for_each(|(strip, w)| choose_strip(Rounder::new(strip), &transposed(w, cols), &h));
+    Ok(())
+}
+
+vectorised! {
+    /// Chooses the scales of every group of a strip, given column by column.
+    fn choose_strip<'a>(rounder: Rounder<'a>, w: &'a [f32], h: &'a [f32]) {
+        let mut rounder = rounder;
+        let rows = rounder.rows;
+        for at in 0..h.len() {
+            if let Some(count) = rounder.chooses(at) {
+                rounder.choose(at, &w[at * rows..][..count * rows], &h[at..][..count]);
+            }
+        }
+    }
+}
+
+/// Rounds every weight of `w` to the nearest value under the scales there are.
+pub(super) fn round(w: &mut CpuMatrix, rounding: &mut Rounding) -> Result<()> {
+    const OPERATION: &str = "round";
+    let cols = check(OPERATION, w, rounding)?;
+    let w = w.f32s_mut(OPERATION)?;
+    rounding
+        .strips(SWEEP_STRIP)
+        .into_par_iter()
+        .zip(w.par_chunks_mut(strip_len(SWEEP_STRIP, cols)))
+        .for_each(|(strip, w)| {
+            let columns = transposed(w, cols);
+            let mut rounded = vec![0.0; columns.len()];
+            round_strip(Rounder::new(strip), &columns, &mut rounded);
+            let rows = w.len() / cols;
+            for (lane, w) in w.chunks_exact_mut(cols).enumerate() {
+                for (j, w) in w.iter_mut().enumerate() {
+                    *w = rounded[j * rows + lane];
+                }
+            }
+        });
+    Ok(())
+}
+
+vectorised! {
+    /// Rounds a strip, given column by column.
+    fn round_strip<'a>(rounder: Rounder<'a>, w: &'a [f32], rounded: &'a mut [f32]) {
+        let mut rounder = rounder;
+        let rows = rounder.rows;
+        let zero = [false; SWEEP_STRIP];
+        let columns = w.chunks_exact(rows).zip(rounded.chunks_exact_mut(rows));
+        for (at, (w, rounded)) in columns.enumerate() {
+            rounder.round(at, w, &zero, rounded);
+        }
+    }
+}
+
+/// Columns of `w`, which must be the matrix that is rounded.
+fn check(operation: &'static str, w: &CpuMatrix, rounding: &Rounding) -> Result<usize> {
+    let (cols, span) = (rounding.cols(), rounding.grid().span(rounding.cols()));
+    if w.cols != cols || w.rows * cols != rounding.codes.len() || !cols.is_multiple_of(span) {
+        return Err(shape_error(
+            operation,
+            format!("{} × {} to be rounded in groups of {span}", w.rows, w.cols),
+        ));
+    }
+    Ok(cols)
+}

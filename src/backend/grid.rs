@@ -1,0 +1,225 @@
+//! What weights are rounded to, and the codes and scales of a matrix that is being rounded.
+
+use std::{fmt, ops::Range};
+
+use sparsepack_formats::{
+    DType, GgmlType,
+    encoding::{
+        IntGrid,
+        ggml::{BlockGrid, BlockScales},
+    },
+};
+
+/// The values that weights may have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Grid {
+    /// Integers with a scale (and zero point) for each group of columns, or for each row.
+    Int {
+        /// Bits, groups, symmetry and the type of the scales.
+        grid: IntGrid,
+        /// How scales are chosen.
+        search: ScaleSearch,
+    },
+    /// 8-bit floats (e4m3) with a scale of this type for each row: the largest magnitude becomes 448.
+    F8E4m3 {
+        /// Type of the scales.
+        scale: DType,
+    },
+    /// The quant blocks of a ggml type.
+    Block {
+        /// Block type.
+        ty: GgmlType,
+        /// Its geometry and ranges.
+        grid: BlockGrid,
+    },
+}
+
+impl fmt::Display for Grid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Int { grid, .. } => grid.fmt(f),
+            Self::F8E4m3 { .. } => f.write_str("f8_e4m3"),
+            Self::Block { ty, .. } => ty.fmt(f),
+        }
+    }
+}
+
+/// How the scale of a group of integers is chosen.
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    Default,
+    PartialEq,
+    Eq,
+    serde::Serialize,
+    serde::Deserialize,
+    schemars::JsonSchema,
+    clap::ValueEnum,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum ScaleSearch {
+    /// The one with the least squared error, weighted with what an error in a column costs.
+    #[default]
+    Mse,
+    /// The one that just reaches the largest magnitude (symmetric) or both ends of the range.
+    Minmax,
+}
+
+/// Largest finite value of e4m3.
+pub(crate) const F8_MAX: f32 = 448.0;
+
+impl Grid {
+    /// Columns whose scales are chosen at a time: a group, or a block of ggml's.
+    pub fn span(self, cols: usize) -> usize {
+        match self {
+            Self::Int { grid, .. } => grid.group_size.map_or(cols, |size| size as usize).max(1),
+            Self::F8E4m3 { .. } => cols.max(1),
+            Self::Block { grid, .. } => grid.block_len,
+        }
+    }
+
+    /// Columns with the same scale.
+    pub fn group(self, cols: usize) -> usize {
+        match self {
+            Self::Block { grid, .. } => grid.group_len,
+            _ => self.span(cols),
+        }
+    }
+
+    /// Whether every group holds an exact zero.
+    pub fn keeps_zeros(self) -> bool {
+        match self {
+            Self::Int { .. } | Self::F8E4m3 { .. } => true,
+            Self::Block { grid, .. } => grid.mins.is_none(),
+        }
+    }
+}
+
+/// The scales of a matrix.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Scales {
+    /// `[rows, groups]` each; all zero points are 0 where the grid is symmetric.
+    Groups {
+        /// Scales, which their stored type holds exactly.
+        scales: Vec<f32>,
+        /// Codes that stand for zero.
+        zero_points: Vec<i8>,
+    },
+    /// `[rows, blocks]`.
+    Blocks(Vec<BlockScales>),
+}
+
+/// A matrix that is being rounded: the grid, and codes and scales as far as they are known.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rounding {
+    grid: Grid,
+    cols: usize,
+    /// `[rows, cols]`; for [`Grid::F8E4m3`] the bits of the value.
+    pub codes: Vec<i8>,
+    /// Of every group.
+    pub scales: Scales,
+    /// The matrix's column that stands at each position of the weights being swept; as they are when
+    /// absent.
+    order: Option<Vec<usize>>,
+    fixed: bool,
+}
+
+impl Rounding {
+    /// Nothing known yet of `rows × cols` weights. Columns must be whole spans of the grid.
+    pub fn new(grid: Grid, rows: usize, cols: usize) -> Self {
+        let spans = cols / grid.span(cols).max(1);
+        let scales = match grid {
+            Grid::Block { .. } => Scales::Blocks(vec![BlockScales::default(); rows * spans]),
+            Grid::Int { .. } | Grid::F8E4m3 { .. } => Scales::Groups {
+                scales: vec![0.0; rows * spans],
+                zero_points: vec![0; rows * spans],
+            },
+        };
+        Self { grid, cols, codes: vec![0; rows * cols], scales, order: None, fixed: false }
+    }
+
+    /// The grid.
+    pub fn grid(&self) -> Grid {
+        self.grid
+    }
+
+    /// Columns of the matrix.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Keeps the scales there are: a sweep that reaches a group does not choose them anew.
+    pub fn fix_scales(&mut self) {
+        self.fixed = true;
+    }
+
+    /// The weights that are swept have the matrix's columns in this order.
+    pub fn set_order(&mut self, order: Vec<usize>) {
+        self.order = Some(order);
+    }
+
+    /// Whether scales are chosen when a sweep reaches a group.
+    pub fn chooses(&self) -> bool {
+        !self.fixed
+    }
+
+    /// The rows of the matrix in strips of `rows`, each with its codes and scales.
+    pub(super) fn strips(&mut self, rows: usize) -> Vec<RoundingStrip<'_>> {
+        let spans = self.cols / self.grid.span(self.cols).max(1);
+        let order = self.order.as_deref();
+        let (grid, cols, fixed) = (self.grid, self.cols, self.fixed);
+        let strip = |codes, scales| RoundingStrip { grid, cols, order, fixed, codes, scales };
+        let codes = self.codes.chunks_mut((rows * cols).max(1));
+        let per_strip = (rows * spans).max(1);
+        match &mut self.scales {
+            Scales::Groups { scales, zero_points } => codes
+                .zip(scales.chunks_mut(per_strip).zip(zero_points.chunks_mut(per_strip)))
+                .map(|(codes, (scales, zero_points))| {
+                    strip(codes, StripScales::Groups { scales, zero_points })
+                })
+                .collect(),
+            Scales::Blocks(blocks) => codes
+                .zip(blocks.chunks_mut(per_strip))
+                .map(|(codes, blocks)| strip(codes, StripScales::Blocks(blocks)))
+                .collect(),
+        }
+    }
+
+    /// The same matrix with its rows in another order: row `i` is what `from(i)` was.
+    pub fn reorder_rows(&self, from: impl Fn(usize) -> usize) -> Self {
+        let rows = self.codes.len() / self.cols.max(1);
+        fn take<T: Copy>(values: &[T], rows: usize, from: impl Fn(usize) -> usize) -> Vec<T> {
+            let width = values.len() / rows.max(1);
+            let range = |row: usize| -> Range<usize> { row * width..(row + 1) * width };
+            (0..rows).flat_map(|row| &values[range(from(row))]).copied().collect()
+        }
+        let scales = match &self.scales {
+            Scales::Groups { scales, zero_points } => Scales::Groups {
+                scales: take(scales, rows, &from),
+                zero_points: take(zero_points, rows, &from),
+            },
+            Scales::Blocks(blocks) => Scales::Blocks(take(blocks, rows, &from)),
+        };
+        Self { codes: take(&self.codes, rows, &from), scales, ..self.clone() }
+    }
+}
+
+/// Some rows of a [`Rounding`].
+pub(super) struct RoundingStrip<'a> {
+    pub(super) grid: Grid,
+    pub(super) cols: usize,
+    pub(super) order: Option<&'a [usize]>,
+    pub(super) fixed: bool,
+    /// `[rows, cols]`.
+    pub(super) codes: &'a mut [i8],
+    pub(super) scales: StripScales<'a>,
+}
+
+/// The scales of some rows, see [`Scales`].
+pub(super) enum StripScales<'a> {
+    /// `[rows, groups]` each.
+    Groups { scales: &'a mut [f32], zero_points: &'a mut [i8] },
+    /// `[rows, blocks]`.
+    Blocks(&'a mut [BlockScales]),
+}
