@@ -71,9 +71,11 @@ fn every_method_and_format_equals_the_plain_output() {
 fn compressed_tensors_are_named_and_declared_as_their_readers_expect() {
     let dir = Dir::new();
     let out = dir.join("out");
-    let recipe = with(recipe(Method::Magnitude, "2:4", OutputFormat::CompressedTensors), |prune| {
-        prune.ignore = vec!["re:.*\\.0\\.self_attn\\.o_proj".parse().unwrap()];
-    });
+    let recipe =
+        with(recipe(Method::Magnitude, "2:4", OutputFormat::CompressedTensors), |recipe| {
+            recipe.prune.as_mut().unwrap().ignore =
+                vec!["re:.*\\.0\\.self_attn\\.o_proj".parse().unwrap()];
+        });
     run(&fixture("model"), &recipe, &out);
     let text = fs::read(out.join("model.safetensors")).unwrap();
     let header: Value = serde_json::from_slice(
@@ -199,8 +201,8 @@ fn what_a_format_cannot_hold_is_refused_before_anything_is_written() {
         )
     );
     for format in FOREIGN {
-        let asked = with(recipe(Method::Magnitude, "2:4", format), |prune| {
-            prune.targets = vec!["model.embed_tokens".parse().unwrap()];
+        let asked = with(recipe(Method::Magnitude, "2:4", format), |recipe| {
+            recipe.prune.as_mut().unwrap().targets = vec!["model.embed_tokens".parse().unwrap()];
         });
         assert_eq!(
             refusal(&fixture("model"), &asked),

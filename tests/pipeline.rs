@@ -48,8 +48,8 @@ pub(crate) fn recipe(method: Method, sparsity: &str, format: OutputFormat) -> Re
     }
 }
 
-pub(crate) fn with(mut recipe: Recipe, change: impl FnOnce(&mut PruneRecipe)) -> Recipe {
-    change(recipe.prune.as_mut().unwrap());
+pub(crate) fn with(mut recipe: Recipe, change: impl FnOnce(&mut Recipe)) -> Recipe {
+    change(&mut recipe);
     recipe
 }
 
@@ -118,8 +118,9 @@ fn every_method_and_format(name: &str) {
             let what = format!("{name} {} {sparsity} {format:?}", method.name());
             let out = dir.join(&what.replace(['/', ':', '%'], "-"));
             let sequential = if sparsity == "50%" { Sequential::Block } else { Sequential::True };
-            let recipe =
-                with(recipe(method, sparsity, format), |prune| prune.sequential = sequential);
+            let recipe = with(recipe(method, sparsity, format), |recipe| {
+                recipe.solver.sequential = sequential
+            });
             let plan = run(&model, &recipe, &out);
             let report = verify(&out, None, &VerifyOptions::default()).unwrap();
             assert_eq!(report.findings, [], "{what}");
@@ -178,8 +179,8 @@ fn only_the_blocks_asked_for_are_pruned() {
     let dir = Dir::new();
     let out = dir.join("out");
     let model = fixture("tiny/llama-gqa");
-    let recipe = with(recipe(Method::SparseGpt, "2:4", OutputFormat::Safetensors), |prune| {
-        prune.blocks = Some("1..2".parse().unwrap());
+    let recipe = with(recipe(Method::SparseGpt, "2:4", OutputFormat::Safetensors), |recipe| {
+        recipe.solver.blocks = Some("1..2".parse().unwrap());
     });
     run(&model, &recipe, &out);
     let (before, after) = (by_name(&model), by_name(&out));
@@ -216,8 +217,8 @@ fn both_orders_solve_differently() {
     let dir = Dir::new();
     let outs = [Sequential::True, Sequential::Block].map(|order| {
         let out = dir.join(&format!("{order:?}"));
-        let recipe = with(recipe(Method::SparseGpt, "2:4", OutputFormat::Packed), |prune| {
-            prune.sequential = order;
+        let recipe = with(recipe(Method::SparseGpt, "2:4", OutputFormat::Packed), |recipe| {
+            recipe.solver.sequential = order;
         });
         run(&fixture("tiny/llama-gqa"), &recipe, &out);
         out
@@ -403,8 +404,8 @@ fn layers_that_are_packed_and_left_alone_stay_packed() {
     let dir = Dir::new();
     let (first, second) = (dir.join("first"), dir.join("second"));
     let pruning = |sparsity, blocks: &str| {
-        with(recipe(Method::Magnitude, sparsity, OutputFormat::Packed), |prune| {
-            prune.blocks = Some(blocks.parse().unwrap());
+        with(recipe(Method::Magnitude, sparsity, OutputFormat::Packed), |recipe| {
+            recipe.solver.blocks = Some(blocks.parse().unwrap());
         })
     };
     run(&fixture("tiny/llama-gqa"), &pruning("60%", "0..1"), &first);

@@ -552,7 +552,8 @@ fn obs_sweep_follows_algorithm_1<B: Backend>(t: &Instance<B>) {
         for rule in rules {
             let mut matrix = t.upload(&w, rows, cols);
             let factor = t.upload(&u, cols, cols);
-            let err = t.backend.obs_sweep(&mut matrix, &factor, columns.clone(), rule).unwrap();
+            let err =
+                t.backend.obs_sweep(&mut matrix, &factor, columns.clone(), rule, None).unwrap();
             let (expected_w, expected_err) = naive_sweep(&w, &u, rows, cols, columns.clone(), rule);
             let unit = |x: Vec<f64>| x.into_iter().map(|x| (x, 1.0)).collect::<Vec<_>>();
             assert_close(&t.download(&matrix), &unit(expected_w), 1e-5, "swept weights");
@@ -579,13 +580,13 @@ fn obs_sweep_follows_algorithm_1<B: Backend>(t: &Instance<B>) {
     }
 }
 
-fn naive_sweep(
+fn naive_sweep<M>(
     w: &[f32],
     u: &[f32],
     rows: usize,
     cols: usize,
     columns: std::ops::Range<usize>,
-    rule: SweepRule,
+    rule: SweepRule<'_, M>,
 ) -> (Vec<f64>, Vec<f64>) {
     let width = columns.len();
     let mut w: Vec<f64> = w.iter().map(|w| f64::from(*w)).collect();
@@ -680,7 +681,7 @@ fn fingerprint<B: Backend>(t: &Instance<B>) -> Vec<u32> {
     let large = b.inverse_factor_upper(&large, 10.0).unwrap();
     let mut swept = b.duplicate(&qkv).unwrap();
     let rule = SweepRule::Lowest { zeros: tokens * 64 };
-    let err = b.obs_sweep(&mut swept, &u, 0..128, rule).unwrap();
+    let err = b.obs_sweep(&mut swept, &u, 0..128, rule, None).unwrap();
     b.trailing_update(&mut swept, &err, &u, 0..128).unwrap();
     let mut zeroed = b.duplicate(&qkv).unwrap();
     b.zero_lowest(&mut zeroed, None, Selection::Tensor { zeros: tokens * d / 2 }).unwrap();

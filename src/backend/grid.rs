@@ -31,6 +31,8 @@ pub enum Grid {
         ty: GgmlType,
         /// Its geometry and ranges.
         grid: BlockGrid,
+        /// How scales are chosen; types with scales of scales have one way only.
+        search: ScaleSearch,
     },
 }
 
@@ -44,7 +46,7 @@ impl fmt::Display for Grid {
     }
 }
 
-/// How the scale of a group of integers is chosen.
+/// How the scale of a group is chosen.
 #[derive(
     Debug,
     Clone,
@@ -62,7 +64,8 @@ pub enum ScaleSearch {
     /// The one with the least squared error, weighted with what an error in a column costs.
     #[default]
     Mse,
-    /// The one that just reaches the largest magnitude (symmetric) or both ends of the range.
+    /// The one that just reaches the largest magnitude (symmetric) or both ends of the range; for blocks,
+    /// ggml's own.
     Minmax,
 }
 

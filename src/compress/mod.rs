@@ -13,7 +13,7 @@ mod wanda;
 pub use magnitude::Magnitude;
 pub use nearest::Nearest;
 pub use obs::{Obs, column_blocks, sweep_layer};
-pub use scheme::{Choice, GroupSize, IntOptions, ParseSchemeError, Scheme};
+pub use scheme::{Choice, GridOptions, GroupSize, ParseSchemeError, Scheme};
 pub use sparsity::{ParseSparsityError, Sparsity};
 pub use wanda::Wanda;
 
@@ -270,8 +270,17 @@ impl Method {
 
 /// The ways of rounding by name.
 #[derive(
-    Debug, Clone, Copy, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize,
-    schemars::JsonSchema, clap::ValueEnum,
+    Debug,
+    Clone,
+    Copy,
+    Default,
+    PartialEq,
+    Eq,
+    Hash,
+    serde::Serialize,
+    serde::Deserialize,
+    schemars::JsonSchema,
+    clap::ValueEnum,
 )]
 #[serde(rename_all = "lowercase")]
 pub enum Quantizer {

@@ -168,7 +168,8 @@ impl<B: Backend> LayerSolver<B> for Obs {
         }
         let pruned = match self.pruner {
             Some(method) => {
-                let copies = layers.iter().map(|layer| layer.to_prune(b)).collect::<Result<_, _>>()?;
+                let copies =
+                    layers.iter().map(|layer| layer.to_prune(b)).collect::<Result<_, _>>()?;
                 let pruner = super::solver::<B>(Some(method), None, self.options);
                 Some(pruner.solve(b, copies, statistic, times)?)
             }

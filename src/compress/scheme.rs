@@ -35,12 +35,12 @@ const BLOCKS: [(&str, GgmlType); 8] = [
 /// Group of integers narrower than this by default; 8 bits need none.
 const DEFAULT_GROUP: u32 = 128;
 
-/// How integers are laid over a matrix; blocks and 8-bit floats have their own way.
+/// How a grid is laid over a matrix, as far as the scheme leaves that open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct IntOptions {
-    /// Columns that share a scale.
+pub struct GridOptions {
+    /// Columns that share a scale; integers only.
     pub group_size: Option<GroupSize>,
-    /// Whether zero points are all 0.
+    /// Whether zero points are all 0; integers only.
     pub symmetric: bool,
     /// How scales are chosen.
     pub scales: ScaleSearch,
@@ -49,7 +49,7 @@ pub struct IntOptions {
 impl Scheme {
     /// The grid of a matrix whose scales are stored as `scale`. `None` for a block type that nothing
     /// is solved for.
-    pub fn grid(self, options: IntOptions, scale: DType) -> Option<Grid> {
+    pub fn grid(self, options: GridOptions, scale: DType) -> Option<Grid> {
         Some(match self {
             Self::Int(bits) => Grid::Int {
                 grid: IntGrid {
@@ -65,7 +65,7 @@ impl Scheme {
                 search: options.scales,
             },
             Self::F8E4m3 => Grid::F8E4m3 { scale },
-            Self::Block(ty) => Grid::Block { ty, grid: BlockGrid::of(ty)? },
+            Self::Block(ty) => Grid::Block { ty, grid: BlockGrid::of(ty)?, search: options.scales },
         })
     }
 }
@@ -239,7 +239,10 @@ mod tests {
         assert_eq!("Q6_K".parse::<Scheme>().unwrap(), Scheme::Block(GgmlType::Q6_K));
         for text in ["int1", "int9", "int", "q4_1", "f16", "4"] {
             let error = text.parse::<Scheme>().unwrap_err().to_string();
-            assert!(error.starts_with(&format!("`{text}` is not a quantization scheme")), "{error}");
+            assert!(
+                error.starts_with(&format!("`{text}` is not a quantization scheme")),
+                "{error}"
+            );
         }
     }
 

@@ -340,7 +340,7 @@ fn calibration_without_a_finite_token_is_refused() {
     {
         let mut statistic = Statistic::new(&b, kind, 2).unwrap();
         statistic.add(&b, &x).unwrap();
-        let solver = solver(method, SolverOptions::default());
+        let solver = solver(Some(method), None, SolverOptions::default());
         let layer = layer(&b, &[1.0, 2.0], 2, "50%");
         let error = solve_one(&b, &*solver, layer, &mut statistic).unwrap_err();
         assert_eq!(
@@ -380,7 +380,7 @@ fn too_little_statistic_is_a_defect_of_the_caller() {
         ),
     ] {
         let mut statistic = Statistic::new(&b, kind, 2).unwrap();
-        let solver = solver(method, SolverOptions::default());
+        let solver = solver(Some(method), None, SolverOptions::default());
         let layer = layer(&b, &[1.0, 2.0], 2, "50%");
         let error = solve_one(&b, &*solver, layer, &mut statistic).unwrap_err();
         assert_eq!(error.to_string(), message);
@@ -392,7 +392,7 @@ fn groups_that_do_not_fit_are_refused() {
     let b = cpu();
     for method in METHODS {
         let mut statistic = hessian(&b, &[1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0], 3);
-        let solver = solver(method, SolverOptions::default());
+        let solver = solver(Some(method), None, SolverOptions::default());
         let layer = layer(&b, &[1.0; 3], 3, "2:4");
         let error = solve_one(&b, &*solver, layer, &mut statistic).unwrap_err();
         assert_eq!(error.to_string(), "layer: 3 columns do not divide into groups of 4");

@@ -77,7 +77,8 @@ pub(super) fn plan(
             || quantize::was_pruned(source, tensor);
         let encoding = match matrix_type(tensor) {
             Some(own) => {
-                let wanted = Wanted { own, pruned, scheme: layer.and_then(|layer| layer.block_type) };
+                let wanted =
+                    Wanted { own, pruned, scheme: layer.and_then(|layer| layer.block_type) };
                 let ty = choose(tensor, wanted, recipe, &mut fallbacks)?;
                 encoding_of(ty)
             }

@@ -34,10 +34,10 @@ pub use gguf::Fallback;
 pub use loader::{LoadedBlock, load_norm};
 pub use manifest::{MANIFEST, Manifest, TensorRecord, Totals};
 pub use plan::{BlockPlan, ConversionPlan, LayerPlan, OutputTensor, Pruning, TablePlan};
-pub use quantize::Quantization;
 pub use progress::{
     BlockReport, NoProgress, Phase, PhaseCost, PhaseTimes, Progress, resident_bytes,
 };
+pub use quantize::Quantization;
 pub use run::RunOptions;
 pub use support::supports;
 pub use unpack::unpack;

@@ -253,9 +253,9 @@ fn output_config(
             );
         }
         if let Some(quantize) = &plan.recipe.quantize {
-            let record = object.entry("sparsepack").or_insert_with(|| {
-                serde_json::json!({ "version": manifest.sparsepack, "format": manifest.format })
-            });
+            let record = object.entry("sparsepack").or_insert_with(
+                || serde_json::json!({ "version": manifest.sparsepack, "format": manifest.format }),
+            );
             record["quantization"] = serde_json::json!({
                 "method": quantize.method,
                 "scheme": quantize.scheme,
@@ -338,7 +338,10 @@ fn tensor_records(
                 compressed_bytes: compressed_bytes(&output.name),
                 pruned: plan.pruned(&output.name),
                 quantized: plan.layer(&output.name).and_then(|layer| layer.quantize).map(
-                    |Quantization { method, grid }| QuantizedRecord { method, grid: grid.to_string() },
+                    |Quantization { method, grid }| QuantizedRecord {
+                        method,
+                        grid: grid.to_string(),
+                    },
                 ),
                 report: output.name.strip_suffix(".weight").and_then(|module| {
                     outcome.reports.iter().find(|report| report.layer == module).cloned()

@@ -2,7 +2,7 @@
 //! and the matrix itself.
 
 use serde::{Serialize, Serializer};
-use sparsepack_formats::{DType, ModelMetadata};
+use sparsepack_formats::{DType, ModelMetadata, encoding::ggml::BlockGrid};
 
 use super::{
     error::{PipelineError, Result},
@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     backend::Grid,
-    compress::{GroupSize, IntOptions, Quantizer, Scheme},
+    compress::{GridOptions, GroupSize, Quantizer, Scheme},
     model::{ModelSource, ModelTensor},
     recipe::{OutputFormat, QuantizeRecipe, Recipe, WeightDType},
 };
@@ -74,6 +74,12 @@ impl<'a> Grids<'a> {
         let Some(quantize) = &self.recipe.quantize else { return Ok(None) };
         let WantedScheme { scheme, group_size } = wanted;
         self.check_container(module, scheme)?;
+        if quantize.scales.is_some() && !has_choice_of_scales(scheme) {
+            return Err(contradiction(format!(
+                "{module}: a way of choosing scales is for integers, q8_0, q5_0 and q4_0; {scheme} has \
+                 its own"
+            )));
+        }
         if group_size.is_some() && !matches!(scheme, Scheme::Int(_)) {
             return Err(contradiction(format!(
                 "{module}: a group size is for integers; {scheme} has its own"
@@ -83,7 +89,7 @@ impl<'a> Grids<'a> {
             Scheme::Block(ty) => Scheme::Block(ty.fallback(cols)),
             other => other,
         };
-        let options = IntOptions {
+        let options = GridOptions {
             group_size,
             symmetric: !quantize.asymmetric,
             scales: quantize.scales.unwrap_or_default(),
@@ -126,13 +132,18 @@ impl<'a> Grids<'a> {
     }
 }
 
+fn has_choice_of_scales(scheme: Scheme) -> bool {
+    match scheme {
+        Scheme::Int(_) => true,
+        Scheme::F8E4m3 => false,
+        Scheme::Block(ty) => BlockGrid::of(ty).is_some_and(|grid| grid.scales.is_none()),
+    }
+}
+
 fn check_options(quantize: &QuantizeRecipe) -> Result<()> {
     let integers = matches!(quantize.scheme, Scheme::Int(_));
-    let stray = [
-        ("asymmetric", quantize.asymmetric),
-        ("a way of choosing scales", quantize.scales.is_some()),
-        ("a group size", quantize.group_size.is_some()),
-    ];
+    let stray =
+        [("asymmetric", quantize.asymmetric), ("a group size", quantize.group_size.is_some())];
     if let Some((what, _)) = stray.into_iter().find(|(_, given)| *given && !integers) {
         return Err(contradiction(format!(
             "{what} is for integers; {} has its own way",
@@ -141,7 +152,8 @@ fn check_options(quantize: &QuantizeRecipe) -> Result<()> {
     }
     if quantize.act_order && quantize.method == Quantizer::Rtn {
         return Err(contradiction(
-            "act-order is the order in which gptq takes columns; rtn rounds them all at once".into(),
+            "act-order is the order in which gptq takes columns; rtn rounds them all at once"
+                .into(),
         ));
     }
     Ok(())

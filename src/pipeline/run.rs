@@ -23,12 +23,12 @@ use super::{
     workers::Workers,
 };
 use crate::{
-    backend::{
-        Backend, BackendJob, Grid, HostData, HostMatrix, Rounding, Scales, SequenceLens,
-    },
+    backend::{Backend, BackendJob, Grid, HostData, HostMatrix, Rounding, Scales, SequenceLens},
     calibration::{CalibrationSet, HiddenStates, HostActivations, StatKind, Statistic},
     compress::{Layer, LayerReport, SolveTimes, solver},
-    model::{BlockGeometry, CapturePoint, ModelSource, embed, from_gguf_rows, hf_row, to_gguf_rows},
+    model::{
+        BlockGeometry, CapturePoint, ModelSource, embed, from_gguf_rows, hf_row, to_gguf_rows,
+    },
     recipe::OutputFormat,
 };
 
@@ -131,9 +131,8 @@ impl<'a, B: Backend> Run<'a, B> {
         let plan = job.plan;
         let source = super::output::probe_source(job.source)?;
         let tokens = job.calibration.map(|set| set.digest);
-        let identity = RunIdentity::new(plan, source, tokens, &b.describe()).map_err(|source| {
-            FormatError::Json { path: job.out.into(), source }
-        })?;
+        let identity = RunIdentity::new(plan, source, tokens, &b.describe())
+            .map_err(|source| FormatError::Json { path: job.out.into(), source })?;
         let interval = job.options.checkpoint_interval;
         let open_writer = |resume| super::output::open_writer(plan, job.out, job.workers, resume);
         let (journal, finished, writer) = if job.options.resume {
@@ -259,7 +258,9 @@ impl<'a, B: Backend> Run<'a, B> {
                 let solved = job.plan.layer(&output.name);
                 if is_stored_so(tensor, output) && solved.is_none() {
                     times.time(Phase::Write, || {
-                        copy_stored(job.source, tensor, |part, bytes| packer.write(name, part, bytes))
+                        copy_stored(job.source, tensor, |part, bytes| {
+                            packer.write(name, part, bytes)
+                        })
                     })?;
                     continue;
                 }

@@ -257,7 +257,8 @@ impl<B: Backend> StageContext<'_, B> {
         let mut rest: Vec<&LayerPlan> = plan.layers_at(point).collect();
         while let Some(first) = rest.first() {
             let (method, quantizer) = way(first);
-            let (planned, others) = rest.iter().partition(|layer| way(layer) == (method, quantizer));
+            let (planned, others) =
+                rest.iter().partition(|layer| way(layer) == (method, quantizer));
             rest = others;
             let planned: Vec<&LayerPlan> = planned;
             let layers = planned

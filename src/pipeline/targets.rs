@@ -103,10 +103,9 @@ fn exception(recipe: &Recipe, rule: &Rule, wanted: Wanted) -> Wanted {
         (Some(prune), Some(Choice::Take(sparsity))) => {
             Some(Pruning { method: rule.method.unwrap_or(prune.method), sparsity })
         }
-        (Some(prune), None) if says_prune => Some(Pruning {
-            method: rule.method.unwrap_or(prune.method),
-            sparsity: prune.sparsity,
-        }),
+        (Some(prune), None) if says_prune => {
+            Some(Pruning { method: rule.method.unwrap_or(prune.method), sparsity: prune.sparsity })
+        }
         (Some(_), None) => wanted.prune,
     };
     let quantize = match (&recipe.quantize, rule.quantize) {
@@ -130,18 +129,17 @@ fn exception(recipe: &Recipe, rule: &Rule, wanted: Wanted) -> Wanted {
 
 fn check_rule(recipe: &Recipe, rule: &Rule) -> Result<()> {
     let targets: Vec<String> = rule.targets.iter().map(|target| format!("`{target}`")).collect();
-    let refuse = |what: &str| {
-        Err(contradiction(format!("[[rule]] for {} {what}", targets.join(", "))))
-    };
+    let refuse =
+        |what: &str| Err(contradiction(format!("[[rule]] for {} {what}", targets.join(", "))));
     let prunes = rule.method.is_some() || rule.sparsity.is_some();
     let quantizes = rule.quantize.is_some() || rule.group_size.is_some();
     match () {
         () if recipe.prune.is_none() && recipe.quantize.is_none() => {
             refuse("needs a [prune] or [quantize] section to be an exception of")
         }
-        () if rule.dense && prunes => refuse(
-            "leaves layers dense and prunes them (give dense, or method and sparsity)",
-        ),
+        () if rule.dense && prunes => {
+            refuse("leaves layers dense and prunes them (give dense, or method and sparsity)")
+        }
         () if rule.dense && quantizes => refuse(
             "leaves layers dense and quantizes them (give dense, or quantize and group_size)",
         ),

@@ -17,7 +17,7 @@ use sparsepack::{
     pipeline::{ConversionPlan, MANIFEST, NoProgress, RunOptions, convert},
     recipe::{
         CalibrationRecipe, OutputFormat, OutputRecipe, PruneRecipe, Recipe, Rule, Sequential,
-        WeightDType,
+        SolverRecipe, WeightDType,
     },
 };
 use tempfile::TempDir;
@@ -60,8 +60,8 @@ impl Run {
     }
 
     fn recipe(self) -> Recipe {
-        let mut prune = PruneRecipe::new(self.method, self.sparsity.parse().unwrap());
-        prune.sequential = self.sequential;
+        let prune = PruneRecipe::new(self.method, self.sparsity.parse().unwrap());
+        let solver = SolverRecipe { sequential: self.sequential, ..SolverRecipe::default() };
         let mut calibration = CalibrationRecipe::default();
         if self.method != Method::Magnitude {
             calibration.file = Some(fixture("text/calibration.txt"));
@@ -71,7 +71,7 @@ impl Run {
         let (format, dtype) = self.output;
         let output =
             OutputRecipe { format: Some(format), dtype: Some(dtype), ..OutputRecipe::default() };
-        Recipe { prune: Some(prune), calibration, output, rules: Vec::new() }
+        Recipe { prune: Some(prune), solver, calibration, output, ..Recipe::default() }
     }
 
     fn convert(self, out: &Path) {
@@ -225,6 +225,8 @@ fn a_layer_pruned_by_wanda_is_the_same_beside_sparsegpt() {
         targets: vec!["k_proj".parse().unwrap()],
         method: Some(Method::Wanda),
         sparsity: None,
+        quantize: None,
+        group_size: None,
         dense: false,
     });
     let weight = |name: &str, recipe: &Recipe| {

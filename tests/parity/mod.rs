@@ -5,6 +5,7 @@
 
 mod end_to_end;
 mod forward;
+mod gptq;
 mod sparsegpt;
 mod wanda;
 

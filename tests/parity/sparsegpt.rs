@@ -10,8 +10,8 @@ use sparsepack::{
     backend::{Precision, SolveOps, Storage, SweepRule, cpu::Cpu},
     calibration::{StatKind, Statistic},
     compress::{
-        Layer, LayerReport, LayerSolver, SolveTimes, SolverOptions, SparseGpt, Sparsity,
-        column_blocks, sweep_layer,
+        Layer, LayerReport, LayerSolver, Obs, SolveTimes, SolverOptions, Sparsity, column_blocks,
+        sweep_layer,
     },
 };
 
@@ -54,12 +54,13 @@ impl Case {
             options: SolverOptions {
                 damp: golden.metadata("percdamp"),
                 column_block: golden.metadata("block_size"),
+                act_order: false,
             },
         }
     }
 
     fn blocks(&self) -> impl Iterator<Item = Range<usize>> {
-        column_blocks(self.cols, self.options.column_block, self.sparsity)
+        column_blocks(self.cols, self.options.column_block, Some(self.sparsity), 1)
     }
 
     /// The solver as conversions use it.
@@ -68,11 +69,13 @@ impl Case {
         let layer = Layer {
             name: self.name.to_owned(),
             weight: b.upload(&self.weight, self.rows, self.cols).unwrap(),
-            sparsity: self.sparsity,
+            sparsity: Some(self.sparsity),
+            grid: None,
+            keep_zeros: false,
         };
         let h = b.upload(&self.hessian, self.cols, self.cols).unwrap();
         let mut statistic = Statistic::from_matrix(StatKind::Hessian, h, 1);
-        let solver = SparseGpt::new(self.options);
+        let solver = Obs::new(self.options, None);
         let solved =
             solver.solve(&b, vec![layer], &mut statistic, &mut SolveTimes::default()).unwrap();
         let solved = solved.into_iter().next().unwrap();
@@ -99,7 +102,7 @@ impl Case {
             let zeros = self.planned(&block) + 1;
             (block, SweepRule::Lowest { zeros })
         });
-        sweep_layer(&b, &mut w, &u, blocks).unwrap();
+        sweep_layer(&b, &mut w, &u, blocks, None).unwrap();
         b.download(&w).unwrap()
     }
 

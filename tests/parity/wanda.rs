@@ -20,7 +20,9 @@ fn agrees(sparsity: &str, mask: &str) {
     let layer = Layer {
         name: "layer".to_owned(),
         weight: b.upload(&weight, rows, cols).unwrap(),
-        sparsity: sparsity.parse().unwrap(),
+        sparsity: Some(sparsity.parse().unwrap()),
+        grid: None,
+        keep_zeros: false,
     };
     let solved = Wanda.solve(&b, vec![layer], &mut statistic, &mut SolveTimes::default()).unwrap();
     let pruned = b.download(&solved[0].weight).unwrap();

@@ -32,8 +32,8 @@ pub use linear::CpuWeight;
 pub use matrix::CpuMatrix;
 
 use super::{
-    Activation, AttentionShape, BackendError, BlockOps, Precision, Result, RopeTables, Selection,
-    Rounding, SequenceLens, SolveOps, StatOps, SweepRule,
+    Activation, AttentionShape, BackendError, BlockOps, Precision, Result, RopeTables, Rounding,
+    Selection, SequenceLens, SolveOps, StatOps, SweepRule,
 };
 
 /// Element type and instructions of matrix products.

@@ -10,9 +10,8 @@ use rayon::prelude::*;
 use sparsepack_formats::{
     DType,
     encoding::{
-        f8,
+        IntGrid, f8,
         ggml::{BlockGrid, BlockScales, MAX_GROUPS},
-        IntGrid,
     },
 };
 
@@ -43,21 +42,15 @@ impl<'a> Rounder<'a> {
     pub(super) fn new(strip: RoundingStrip<'a>) -> Self {
         let rows = strip.codes.len() / strip.cols.max(1);
         let zeros = || vec![0.0; rows];
-        Self {
-            strip,
-            rows,
-            scale: zeros(),
-            zero_point: zeros(),
-            min: zeros(),
-            loaded: None,
-        }
+        Self { strip, rows, scale: zeros(), zero_point: zeros(), min: zeros(), loaded: None }
     }
 
     /// Columns from `at` on whose weights must be known to choose scales there; `None` where none are
     /// chosen.
     #[inline(always)]
     pub(super) fn chooses(&self, at: usize) -> Option<usize> {
-        let (span, group) = (self.strip.grid.span(self.strip.cols), self.strip.grid.group(self.strip.cols));
+        let (span, group) =
+            (self.strip.grid.span(self.strip.cols), self.strip.grid.group(self.strip.cols));
         match () {
             () if self.strip.fixed || !at.is_multiple_of(group) => None,
             () if at.is_multiple_of(span) => Some(span),
@@ -87,11 +80,13 @@ impl<'a> Rounder<'a> {
                     scales[lane * spans + nth] = stored(dtype, extreme.abs() / F8_MAX);
                 }
             }
-            (Grid::Block { grid, .. }, StripScales::Blocks(blocks)) => {
+            (Grid::Block { grid, search, .. }, StripScales::Blocks(blocks)) => {
                 let first = at % span / grid.group_len;
                 if first == 0 {
                     let lanes = blocks.iter_mut().skip(nth).step_by(spans);
-                    lanes.zip(block_scales(group, grid)).for_each(|(block, found)| *block = found);
+                    lanes
+                        .zip(block_scales(group, grid, search))
+                        .for_each(|(block, found)| *block = found);
                 }
                 if grid.scales.is_some() {
                     let mut lanes: Vec<BlockScales> =
@@ -266,12 +261,26 @@ fn search(group: Group<'_>, grid: BlockGrid) -> (Vec<f32>, Vec<f32>) {
     (scales, vec![0.0; group.rows])
 }
 
+/// The scale of each row that ggml takes: of the value of the largest magnitude it makes the least code,
+/// of one byte the greatest.
+#[inline(always)]
+fn reaching(block: Group<'_>, grid: BlockGrid) -> Vec<f32> {
+    let scale = |extreme: &f32| match grid.high {
+        i8::MAX => extreme.abs() / f32::from(i8::MAX),
+        _ => extreme / f32::from(grid.low),
+    };
+    block.extremes().iter().map(scale).collect()
+}
+
 /// A scale for the scales of each row of a block, and these rounded under it.
 #[inline(always)]
-fn block_scales(block: Group<'_>, grid: BlockGrid) -> Vec<BlockScales> {
-    let groups: Vec<(Vec<f32>, Vec<f32>)> = (0..grid.groups())
-        .map(|g| search(block.part(g * grid.group_len, grid.group_len), grid))
-        .collect();
+fn block_scales(block: Group<'_>, grid: BlockGrid, how: ScaleSearch) -> Vec<BlockScales> {
+    let groups: Vec<(Vec<f32>, Vec<f32>)> = match (how, grid.scales) {
+        (ScaleSearch::Minmax, None) => vec![(reaching(block, grid), Vec::new())],
+        _ => (0..grid.groups())
+            .map(|g| search(block.part(g * grid.group_len, grid.group_len), grid))
+            .collect(),
+    };
     let row = |lane: usize| {
         let Some((low, high)) = grid.scales else {
             let d = binary16(groups[0].0[lane]);
@@ -284,10 +293,13 @@ fn block_scales(block: Group<'_>, grid: BlockGrid) -> Vec<BlockScales> {
         }
         // Signed scales reach one further below zero than above.
         let reach = if low < 0 { f32::from(low) } else { f32::from(high) };
-        let (d, dmin) = (binary16(largest.0 / reach), match grid.mins {
-            Some(top) => binary16(largest.1 / f32::from(top)),
-            None => f16::ZERO,
-        });
+        let (d, dmin) = (
+            binary16(largest.0 / reach),
+            match grid.mins {
+                Some(top) => binary16(largest.1 / f32::from(top)),
+                None => f16::ZERO,
+            },
+        );
         let mut found = BlockScales { d, dmin, ..BlockScales::default() };
         for (g, (scales, mins)) in groups.iter().enumerate() {
             found.scales[g] = integer(scales[lane], d, low, high);

@@ -181,7 +181,8 @@ pub(super) fn affine(group: Group<'_>, parts: &[f32], top: f32) -> (Vec<f32>, Ve
             let bounded = free_min < 0.0;
             let fit_scale = if bounded { xq / qq } else { free_scale };
             let fit_min = if bounded { 0.0 } else { free_min };
-            let error = sum_xx[lane] + fit_scale * (fit_scale * qq - 2.0 * xq)
+            let error = sum_xx[lane]
+                + fit_scale * (fit_scale * qq - 2.0 * xq)
                 + fit_min * (fit_min * sum + 2.0 * sum_x[lane] - 2.0 * fit_scale * q_sum);
             let better = determinant > 0.0 && fit_scale > 0.0 && error < best[lane];
             scale[lane] = if better { fit_scale } else { scale[lane] };

@@ -116,9 +116,11 @@ pub(super) fn obs_sweep(
     }
     let strip = strip_len(SWEEP_STRIP, width);
     let rounders: Vec<Option<Rounder<'_>>> = match rounding {
-        Some(rounding) => {
-            rounding.strips(SWEEP_STRIP).into_iter().map(|strip| Some(Rounder::new(strip))).collect()
-        }
+        Some(rounding) => rounding
+            .strips(SWEEP_STRIP)
+            .into_iter()
+            .map(|strip| Some(Rounder::new(strip)))
+            .collect(),
         None => (0..work.len().div_ceil(strip)).map(|_| None).collect(),
     };
     work.par_chunks_mut(strip)
@@ -150,7 +152,10 @@ fn check_rounding(
 ) -> Result<()> {
     let span = rounding.grid().span(cols);
     if rounding.cols() != cols || rounding.codes.len() != rows * cols {
-        return Err(shape_error(operation, format!("codes of another matrix than {rows} × {cols}")));
+        return Err(shape_error(
+            operation,
+            format!("codes of another matrix than {rows} × {cols}"),
+        ));
     }
     let whole = columns.start.is_multiple_of(span) && columns.len().is_multiple_of(span);
     if rounding.chooses() && !whole {
