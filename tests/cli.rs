@@ -429,7 +429,7 @@ fn flags_override_the_recipe() {
     let recipe = &plan["recipe"];
     assert_eq!(recipe["prune"]["method"], "sparsegpt");
     assert_eq!(recipe["prune"]["sparsity"], "4:8");
-    assert_eq!(recipe["prune"]["sequential"], "block");
+    assert_eq!(recipe["solver"]["sequential"], "block");
     assert_eq!(recipe["prune"]["ignore"], serde_json::json!(["up_proj"]));
     assert_eq!(recipe["calibration"]["samples"], 2);
     assert_eq!(recipe["calibration"]["seed"], 5);
@@ -561,9 +561,9 @@ recipe_errors! {
     recipe_unknown_key: "[prune]\nmethod = 'wanda'\nsparsity = '2:4'\ndamping = 0.1\n";
     recipe_unknown_section: "[pruning]\nmethod = 'wanda'\n";
     recipe_unknown_method: "[prune]\nmethod = 'obc'\nsparsity = '2:4'\n";
-    recipe_bad_damp: "[prune]\nmethod = 'magnitude'\nsparsity = '2:4'\ndamp = 0.0\n";
+    recipe_bad_damp: "[prune]\nmethod = 'magnitude'\nsparsity = '2:4'\n[solver]\ndamp = 0.0\n";
     recipe_bad_level: "[output]\nformat = 'zst'\nlevel = 0\n";
-    recipe_bad_column_block: "[prune]\nmethod = 'magnitude'\nsparsity = '2:4'\ncolumn_block = 0\n";
+    recipe_bad_column_block: "[prune]\nmethod = 'magnitude'\nsparsity = '2:4'\n[solver]\ncolumn_block = 0\n";
     recipe_rule_without_prune: "[[rule]]\ntargets = ['down_proj']\ndense = true\n";
     recipe_rule_matches_nothing:
         "[prune]\nmethod = 'magnitude'\nsparsity = '2:4'\n\

@@ -13,6 +13,7 @@ mod wanda;
 pub use magnitude::Magnitude;
 pub use nearest::Nearest;
 pub use obs::{Obs, column_blocks, sweep_layer};
+pub use crate::backend::ScaleSearch;
 pub use scheme::{Choice, GridOptions, GroupSize, ParseSchemeError, Scheme};
 pub use sparsity::{ParseSparsityError, Sparsity};
 pub use wanda::Wanda;

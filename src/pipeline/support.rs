@@ -17,11 +17,16 @@ pub fn supports(format: OutputFormat, encoding: Encoding) -> bool {
             let in_ggml = matches!(dtype, DType::F32 | DType::F16 | DType::Bf16);
             format != OutputFormat::Gguf || in_ggml
         }
-        Encoding::Sparse24 { .. } | Encoding::Nm { .. } | Encoding::Bitmask { .. } => {
-            archived || format == OutputFormat::Packed
-        }
+        Encoding::Sparse24 { .. }
+        | Encoding::Nm { .. }
+        | Encoding::Bitmask { .. }
+        | Encoding::Int { .. } => archived || format == OutputFormat::Packed,
         Encoding::TorchCutlass { .. } => archived || format == OutputFormat::TorchCutlass,
-        Encoding::CtSparse24Bitmask { .. } | Encoding::CtSparseBitmask { .. } => {
+        Encoding::CtSparse24Bitmask { .. }
+        | Encoding::CtSparseBitmask { .. }
+        | Encoding::CtPackQuantized { .. }
+        | Encoding::CtIntQuantized { .. }
+        | Encoding::CtFloatQuantized { .. } => {
             archived || format == OutputFormat::CompressedTensors
         }
         Encoding::Ggml { .. } => format == OutputFormat::Gguf,

@@ -13,9 +13,8 @@ use sparsepack_formats::{DType, GgmlType};
 
 pub use selector::{BlockRange, ParseSelectorError, Selector};
 
-use crate::{
-    backend::ScaleSearch,
-    compress::{Choice, GroupSize, Method, Quantizer, Scheme, SolverOptions, Sparsity},
+use crate::compress::{
+    Choice, GroupSize, Method, Quantizer, ScaleSearch, Scheme, SolverOptions, Sparsity,
 };
 
 /// A whole recipe. Every part may be left out.
