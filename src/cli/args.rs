@@ -116,9 +116,9 @@ struct QuantizeArgs {
     /// How scales of integers are chosen [default: mse].
     #[arg(long, value_name = "HOW")]
     scales: Option<ScaleSearch>,
-    /// Take columns in the order of descending Hessian diagonal.
-    #[arg(long)]
-    act_order: bool,
+    /// Take columns in the order of descending Hessian diagonal [default: where nothing is pruned].
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    act_order: Option<bool>,
 }
 
 #[derive(Debug, Args)]
@@ -259,7 +259,7 @@ impl QuantizeArgs {
                 ("--group-size", self.group_size.is_some()),
                 ("--asymmetric", self.asymmetric),
                 ("--scales", self.scales.is_some()),
-                ("--act-order", self.act_order),
+                ("--act-order", self.act_order.is_some()),
             ];
             match (self.quantize, flags.into_iter().find(|(_, given)| *given)) {
                 (Some(scheme), _) => recipe.quantize = Some(QuantizeRecipe::new(scheme)),
@@ -275,7 +275,7 @@ impl QuantizeArgs {
             quantize.group_size = self.group_size.or(quantize.group_size);
             quantize.asymmetric |= self.asymmetric;
             quantize.scales = self.scales.or(quantize.scales);
-            quantize.act_order |= self.act_order;
+            quantize.act_order = self.act_order.or(quantize.act_order);
         }
         Ok(())
     }

@@ -10,10 +10,10 @@ mod scheme;
 mod sparsity;
 mod wanda;
 
+pub use crate::backend::ScaleSearch;
 pub use magnitude::Magnitude;
 pub use nearest::Nearest;
 pub use obs::{Obs, column_blocks, sweep_layer};
-pub use crate::backend::ScaleSearch;
 pub use scheme::{Choice, GridOptions, GroupSize, ParseSchemeError, Scheme};
 pub use sparsity::{ParseSparsityError, Sparsity};
 pub use wanda::Wanda;
@@ -354,7 +354,7 @@ pub fn check_target(
     cols: usize,
     sparsity: Option<Sparsity>,
     grid: Option<Grid>,
-    options: SolverOptions,
+    act_order: bool,
 ) -> Result<(), SolveError> {
     let layer = || layer.to_owned();
     let group = match sparsity {
@@ -373,7 +373,7 @@ pub fn check_target(
         return Err(SolveError::Straddle { layer: layer(), m: group, group: scales });
     }
     match sparsity {
-        Some(sparsity) if options.act_order && group > 1 => {
+        Some(sparsity) if act_order && group > 1 => {
             Err(SolveError::ActOrder { layer: layer(), sparsity })
         }
         _ => Ok(()),
@@ -383,9 +383,9 @@ pub fn check_target(
 fn check_layer<B: Backend>(
     layer: &Layer<B>,
     cols: usize,
-    options: SolverOptions,
+    act_order: bool,
 ) -> Result<(), SolveError> {
-    check_target(&layer.name, cols, layer.sparsity, layer.grid, options)
+    check_target(&layer.name, cols, layer.sparsity, layer.grid, act_order)
 }
 
 /// The matrix of a statistic of the kind `needed`, checked to hold a token.

@@ -164,7 +164,7 @@ impl<B: Backend> LayerSolver<B> for Obs {
             return Ok(Vec::new());
         };
         for layer in &layers {
-            super::check_layer(layer, b.shape(&layer.weight).1, self.options)?;
+            super::check_layer(layer, b.shape(&layer.weight).1, self.options.act_order)?;
         }
         let pruned = match self.pruner {
             Some(method) => {

@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use super::{Layer, LayerReport, LayerSolver, SolveError, SolveTimes, Solved, SolverOptions};
+use super::{Layer, LayerReport, LayerSolver, SolveError, SolveTimes, Solved};
 use crate::{
     backend::Backend,
     calibration::{StatKind, Statistic},
@@ -34,7 +34,7 @@ impl<B: Backend> LayerSolver<B> for Wanda {
             .into_iter()
             .map(|layer| {
                 let (rows, cols) = b.shape(&layer.weight);
-                super::check_layer(&layer, cols, SolverOptions::default())?;
+                super::check_layer(&layer, cols, false)?;
                 let start = Instant::now();
                 let mut weight = b.duplicate(&layer.weight)?;
                 if let Some(sparsity) = layer.sparsity {

@@ -16,6 +16,7 @@ use super::{
     quantize,
 };
 use crate::{
+    compress::Scheme,
     model::{GGUF_ROPE_FACTORS, GgufSummary, ModelSource, ModelTensor, TensorKind, gguf_metadata},
     recipe::Recipe,
 };
@@ -181,11 +182,18 @@ fn choose(
     recipe: &Recipe,
     fallbacks: &mut Vec<Fallback>,
 ) -> Result<GgmlType> {
+    let table = matches!(tensor.kind, TensorKind::Embedding | TensorKind::LmHead);
     let asked = match (scheme, recipe.output.dtype) {
         (Some(scheme), _) => scheme,
         (None, Some(dtype)) => {
             dtype.ggml().ok_or_else(|| refuse("GGUF has no type f8_e4m3".to_owned()))?
         }
+        // A file of one type, unless something else is asked for.
+        (None, None) if table => match recipe.quantize.as_ref().map(|quantize| quantize.scheme) {
+            Some(Scheme::Block(ty)) => ty,
+            _ if pruned && !own.keeps_zeros() => SPARSE_TYPE,
+            _ => own,
+        },
         (None, None) if pruned && !own.keeps_zeros() => SPARSE_TYPE,
         (None, None) => own,
     };

@@ -125,6 +125,9 @@ pub struct QuantizedRecord {
     pub method: Quantizer,
     /// The grid, in words: `int4 g64 BF16`, `Q4_0`.
     pub grid: String,
+    /// Whether columns were swept in the order of descending `diag H`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub act_order: bool,
 }
 
 /// Sums over all tensors.

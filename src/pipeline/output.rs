@@ -338,7 +338,8 @@ fn tensor_records(
                 compressed_bytes: compressed_bytes(&output.name),
                 pruned: plan.pruned(&output.name),
                 quantized: plan.layer(&output.name).and_then(|layer| layer.quantize).map(
-                    |Quantization { method, grid }| QuantizedRecord {
+                    |Quantization { method, grid, act_order }| QuantizedRecord {
+                        act_order,
                         method,
                         grid: grid.to_string(),
                     },

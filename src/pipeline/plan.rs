@@ -221,7 +221,7 @@ impl ConversionPlan {
         let format = recipe.output.format.unwrap_or(OutputFormat::Safetensors);
         check_output(&recipe.output, format)?;
         let solver = solver_options(recipe)?;
-        let (blocks, tables) = plan_layers(source, recipe, format, solver)?;
+        let (blocks, tables) = plan_layers(source, recipe, format)?;
         let needs = blocks.iter().map(BlockPlan::needs).max().unwrap_or(StatKind::None);
         check_calibration(recipe, needs, config.max_position_embeddings)?;
         let level = archive::level(recipe, format)?;
@@ -365,7 +365,6 @@ fn plan_layers(
     source: &ModelSource,
     recipe: &Recipe,
     format: OutputFormat,
-    solver: SolverOptions,
 ) -> Result<(Vec<BlockPlan>, Vec<TablePlan>)> {
     let (arch, config) = (source.arch(), source.config());
     let count = config.num_hidden_layers;
@@ -397,13 +396,14 @@ fn plan_layers(
                 Some(Scheme::Block(ty)) => Some(ty),
                 _ => None,
             };
+            let sparsity = prune.map(|prune| prune.sparsity);
             let quantize = match quantize {
-                Some(quantize) => grids.of_layer(&module, cols, quantize)?,
+                Some(quantize) => grids.of_layer(&module, cols, quantize, sparsity)?,
                 None => None,
             };
-            let sparsity = prune.map(|prune| prune.sparsity);
             let grid = quantize.map(|quantize| quantize.grid);
-            check_target(&module, cols, sparsity, grid, solver)?;
+            let act_order = quantize.is_some_and(|quantize| quantize.act_order);
+            check_target(&module, cols, sparsity, grid, act_order)?;
             layers.push(LayerPlan {
                 keep_zeros: prune.is_none() && grids.was_pruned(&module),
                 module,
@@ -453,7 +453,7 @@ fn plan_tables(source: &ModelSource, targets: &mut Targets<'_>) -> Result<Vec<Ta
                 prune.method.name()
             )));
         }
-        check_target(&module, cols, Some(prune.sparsity), None, SolverOptions::default())?;
+        check_target(&module, cols, Some(prune.sparsity), None, false)?;
         tables.push(TablePlan { module, rows, cols, prune });
     }
     Ok(tables)
@@ -467,11 +467,7 @@ fn solver_options(recipe: &Recipe) -> Result<SolverOptions> {
     if solver.column_block == 0 {
         return Err(contradiction("column_block is 0 (expected at least 1)".into()));
     }
-    Ok(SolverOptions {
-        damp: solver.damp,
-        column_block: solver.column_block,
-        act_order: recipe.quantize.as_ref().is_some_and(|quantize| quantize.act_order),
-    })
+    Ok(SolverOptions { damp: solver.damp, column_block: solver.column_block, act_order: false })
 }
 
 fn check_calibration(recipe: &Recipe, needs: StatKind, max_positions: usize) -> Result<()> {

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     backend::Grid,
-    compress::{GridOptions, GroupSize, Quantizer, Scheme},
+    compress::{GridOptions, GroupSize, Quantizer, Scheme, Sparsity},
     model::{ModelSource, ModelTensor},
     recipe::{OutputFormat, QuantizeRecipe, Recipe, WeightDType},
 };
@@ -30,6 +30,9 @@ pub struct Quantization {
     /// To which values.
     #[serde(serialize_with = "as_text")]
     pub grid: Grid,
+    /// Columns are swept in the order of descending `diag H`.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub act_order: bool,
 }
 
 fn as_text<S: Serializer>(grid: &Grid, serializer: S) -> std::result::Result<S::Ok, S::Error> {
@@ -70,6 +73,7 @@ impl<'a> Grids<'a> {
         module: &str,
         cols: usize,
         wanted: WantedScheme,
+        sparsity: Option<Sparsity>,
     ) -> Result<Option<Quantization>> {
         let Some(quantize) = &self.recipe.quantize else { return Ok(None) };
         let WantedScheme { scheme, group_size } = wanted;
@@ -97,7 +101,12 @@ impl<'a> Grids<'a> {
         let tensor = self.source.tensor(&format!("{module}.weight"))?;
         let scale = element_type(self.source, self.recipe, tensor);
         let grid = scheme.grid(options, scale);
-        Ok(grid.map(|grid| Quantization { method: quantize.method, grid }))
+        let act_order = match quantize.act_order {
+            // Column blocks of the pruning sweep are to hold columns of every kind.
+            None => quantize.method == Quantizer::Gptq && sparsity.is_none(),
+            Some(asked) => asked,
+        };
+        Ok(grid.map(|grid| Quantization { method: quantize.method, grid, act_order }))
     }
 
     /// Whether the source says that zeros of the linear `module` were made by pruning.
@@ -150,7 +159,7 @@ fn check_options(quantize: &QuantizeRecipe) -> Result<()> {
             quantize.scheme
         )));
     }
-    if quantize.act_order && quantize.method == Quantizer::Rtn {
+    if quantize.act_order == Some(true) && quantize.method == Quantizer::Rtn {
         return Err(contradiction(
             "act-order is the order in which gptq takes columns; rtn rounds them all at once"
                 .into(),

@@ -256,9 +256,8 @@ impl<B: Backend> StageContext<'_, B> {
         let mut reports = Vec::new();
         let mut rest: Vec<&LayerPlan> = plan.layers_at(point).collect();
         while let Some(first) = rest.first() {
-            let (method, quantizer) = way(first);
-            let (planned, others) =
-                rest.iter().partition(|layer| way(layer) == (method, quantizer));
+            let way = Way::of(first);
+            let (planned, others) = rest.iter().partition(|layer| Way::of(layer) == way);
             rest = others;
             let planned: Vec<&LayerPlan> = planned;
             let layers = planned
@@ -275,7 +274,8 @@ impl<B: Backend> StageContext<'_, B> {
                 })
                 .collect::<Result<Vec<_>>>()?;
             let mut spent = SolveTimes::default();
-            let solver = solver::<B>(method, quantizer, self.options);
+            let options = SolverOptions { act_order: way.act_order, ..self.options };
+            let solver = solver::<B>(way.prune, way.quantize, options);
             let solved = solver.solve(b, layers, statistic, &mut spent)?;
             for (layer, solved) in planned.iter().zip(solved) {
                 let at = position(&loaded.linears, layer)?;
@@ -336,10 +336,22 @@ impl<B: Backend> StageContext<'_, B> {
     }
 }
 
-/// How a layer is solved: what prunes it and what rounds it.
-fn way(layer: &LayerPlan) -> (Option<Method>, Option<Quantizer>) {
-    let prune = layer.prune.map(|prune| prune.method);
-    (prune, layer.quantize.map(|quantize| quantize.method))
+/// How a layer is solved.
+#[derive(Clone, Copy, PartialEq)]
+struct Way {
+    prune: Option<Method>,
+    quantize: Option<Quantizer>,
+    act_order: bool,
+}
+
+impl Way {
+    fn of(layer: &LayerPlan) -> Self {
+        Self {
+            prune: layer.prune.map(|prune| prune.method),
+            quantize: layer.quantize.map(|quantize| quantize.method),
+            act_order: layer.quantize.is_some_and(|quantize| quantize.act_order),
+        }
+    }
 }
 
 /// Where a planned layer stands among the linears of its block.

@@ -80,9 +80,9 @@ pub struct QuantizeRecipe {
     /// How scales of integers (and of q8_0, q5_0 and q4_0) are chosen; `mse` by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scales: Option<ScaleSearch>,
-    /// Sweep the columns in the order of descending `diag H`.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub act_order: bool,
+    /// Sweep the columns in the order of descending `diag H`; by default where nothing is pruned.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub act_order: Option<bool>,
     /// Which layers; all linears of the decoder blocks by default.
     #[serde(default = "Selector::all_linears")]
     pub targets: Vec<Selector>,
@@ -100,7 +100,7 @@ impl QuantizeRecipe {
             group_size: None,
             asymmetric: false,
             scales: None,
-            act_order: false,
+            act_order: None,
             targets: Selector::all_linears(),
             ignore: Vec::new(),
         }
