@@ -10,7 +10,7 @@ use crate::{DType, Encoding, FormatError, Result};
 const VERSION: &str = "0.14.0.1";
 
 /// The value of `quant_method`.
-const METHOD: &str = "compressed-tensors";
+pub(super) const METHOD: &str = "compressed-tensors";
 
 /// How the weights of sparse modules are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

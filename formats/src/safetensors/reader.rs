@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     CheckpointReader, FormatError, MappedFile, ModelMetadata, Result, TensorIndex,
-    compressed_tensors::{self, Found, SparseFormat},
+    compressed_tensors::{Found, Storage},
     container::OriginalFile,
     file::io_error,
 };
@@ -42,11 +42,11 @@ impl SafetensorsReader {
     /// [`FormatError`] naming the file, and the tensor if it is one tensor's defect.
     pub fn open_dir(path: &Path) -> Result<Self> {
         let metadata = ModelMetadata::read_config(path)?;
-        let sparse_format = match &metadata {
+        let storage = match &metadata {
             ModelMetadata::HuggingFace { config, .. } => {
-                SparseFormat::from_config(&path.join(CONFIG_NAME), config)?
+                Storage::from_config(&path.join(CONFIG_NAME), config)?
             }
-            _ => None,
+            _ => Storage::Plain,
         };
         let mut reader = Self::empty(path, metadata);
         let mut found = vec![];
@@ -66,10 +66,8 @@ impl SafetensorsReader {
                 found: format!("a directory without {SINGLE_NAME} and {INDEX_NAME}"),
             });
         }
-        if let Some(format) = sparse_format {
-            found = compressed_tensors::join(format, &reader.files, found)?;
-        }
-        reader.list(found)?;
+        let joined = storage.join(&reader.files, found)?;
+        reader.list(joined)?;
         Ok(reader)
     }
 
