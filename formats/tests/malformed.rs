@@ -401,6 +401,83 @@ fn components_of_nm_and_bitmask_tensors_are_checked() {
     }
 }
 
+#[test]
+fn components_of_quantized_tensors_are_checked() {
+    type Stored<'a> = (&'a str, &'a str, &'a [usize], usize);
+    const W: &str = r#"{"w":{"encoding":"int","bits":4,"group_size":4,"symmetric":false,"dtype":"F16","kept":"bitmask","room":5,"shape":[2,12]}}"#;
+    let parts: [Stored; 5] = [
+        ("w.offsets", "U64", &[2], 16),
+        ("w.scales", "F16", &[2, 3], 12),
+        ("w.codes", "U8", &[3], 3),
+        ("w.mask", "U8", &[2, 2], 4),
+        ("w.zero_points", "U8", &[2, 2], 4),
+    ];
+    let with = |at: usize, part: Stored| {
+        let mut parts = parts.to_vec();
+        parts[at] = (parts[at].0, part.1, part.2, part.3);
+        packed(&parts, W)
+    };
+    let dir = tempfile::tempdir().unwrap();
+    // Nothing is kept, and scales of zero are those of groups of zeros.
+    let reader = read(&dir, &packed(&parts, W)).unwrap();
+    assert_eq!(reader.read_f32("w").unwrap(), [0.0; 24]);
+    drop(reader);
+    for (at, name) in parts.iter().map(|part| part.0).enumerate() {
+        let mut others = parts.to_vec();
+        others.remove(at);
+        refused!(
+            packed(&others, W),
+            InvalidTensor,
+            format!("m.safetensors: tensor `w`: its component `{name}` is missing")
+        );
+    }
+    refused!(
+        with(1, ("", "BF16", &[2, 3], 12)),
+        InvalidTensor,
+        "m.safetensors: tensor `w`: its component `w.scales` is BF16 [2, 3]; expected F16 [2, 3]"
+    );
+    refused!(
+        with(2, ("", "U8", &[5], 5)),
+        InvalidTensor,
+        "m.safetensors: tensor `w`: its component `w.codes` is U8 [5]; expected U8 [3]"
+    );
+    refused!(
+        with(4, ("", "I8", &[2, 3], 6)),
+        InvalidTensor,
+        "m.safetensors: tensor `w`: its component `w.zero_points` is I8 [2, 3]; expected U8 [2, 2]"
+    );
+    refused!(
+        packed(&parts, &W.replace("false", "true")),
+        InvalidTensor,
+        "m.safetensors: tensor `w`: `w.zero_points` is stored but is not one of its components"
+    );
+    for (change, message) in [
+        ((r#""bits":4"#, r#""bits":0"#), "codes of 0 bits; expected 2 to 8"),
+        ((r#""room":5"#, r#""room":25"#), "25 kept values of 24 elements"),
+        (
+            (r#""group_size":4"#, r#""group_size":5"#),
+            "groups of 5 columns do not divide 12 columns",
+        ),
+        ((r#""dtype":"F16""#, r#""dtype":"I8""#), "scales of type I8; expected F16, BF16 or F32"),
+    ] {
+        let declaration = W.replace(change.0, change.1);
+        let message = format!("tensor `w`: {message}");
+        refused!(packed(&parts, &declaration), Encoding, message);
+    }
+    for broken in [
+        W.replace(r#""room":5,"#, ""),
+        W.replace(r#""kept":"bitmask","#, ""),
+        W.replace(r#""kept":"bitmask""#, r#""kept":"nm""#),
+        W.replace(r#""kept":"bitmask""#, r#""kept":"some""#),
+        W.replace(r#""symmetric":false,"#, ""),
+        W.replace(r#""bits":4"#, r#""bits":256"#),
+        W.replace(r#""group_size":4"#, r#""group_size":-1"#),
+    ] {
+        let (error, message) = refusal(&packed(&parts, &broken));
+        assert!(matches!(error, FormatError::InvalidHeader { .. }), "{broken}: {message}");
+    }
+}
+
 /// A directory of two shards with `a` in the first and `b` in the second.
 fn sharded() -> TempDir {
     let dir = tempfile::tempdir().unwrap();

@@ -7,8 +7,8 @@ use std::path::Path;
 use proptest::prelude::*;
 use safetensors::SafeTensors;
 use sparsepack_formats::{
-    CheckpointReader, DType, Encoding, FormatError, MappedFile, ModelMetadata, SafetensorsWriter,
-    ShardLayout,
+    CheckpointReader, DType, Encoding, FormatError, IntGrid, Kept, MappedFile, ModelMetadata,
+    SafetensorsWriter, ShardLayout,
     encoding::{MatrixShape, sparse24},
     open,
     safetensors::SafetensorsReader,
@@ -326,11 +326,25 @@ fn layouts() -> impl Strategy<Value = ShardLayout> {
             .prop_map(|dtype| Encoding::Sparse24 { dtype }),
         (1..8u8).prop_map(|n| Encoding::Nm { n, m: 8, dtype: DType::F8E4m3 }),
         (0..9u64).prop_map(|kept| Encoding::Bitmask { dtype: DType::F16, kept }),
+        (2..9u8, any::<bool>(), 0..9u64).prop_map(|(bits, symmetric, room)| {
+            let kept = match room {
+                0 => Kept::All,
+                1 => Kept::Sparse24,
+                2 => Kept::Nm { n: 3, m: 4 },
+                kept => Kept::Bitmask { kept },
+            };
+            let grid = IntGrid { bits, group_size: Some(2), symmetric, scale: DType::F32 };
+            Encoding::Int { grid, kept }
+        }),
     ];
     let tensor =
         (encoding, proptest::collection::vec(0..5usize, 0..4)).prop_map(|(e, mut shape)| {
             if e.is_packed() {
                 shape.resize(2, 3);
+            }
+            if let Encoding::Int { kept: Kept::Bitmask { .. }, .. } = e {
+                // Room for at most 8.
+                shape[0] += 2;
             }
             match e {
                 Encoding::Sparse24 { .. } => shape[1] *= 4,
@@ -339,6 +353,7 @@ fn layouts() -> impl Strategy<Value = ShardLayout> {
                     let kept = kept.min((shape[0] * shape[1]) as u64);
                     return (Encoding::Bitmask { dtype, kept }, shape);
                 }
+                Encoding::Int { .. } => shape[1] = 4 * shape[1] + 4,
                 _ => {}
             }
             (e, shape)

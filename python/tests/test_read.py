@@ -234,8 +234,8 @@ def test_legacy_shape_disagrees(copy: Make) -> None:
     ("edit", "problem"),
     [
         ({"sparsity_config": {"format": "marlin-24"}}, 'sparsity_config.format is "marlin-24"'),
-        ({"quant_method": "gptq"}, "quantization_config is not one that sparsepack writes"),
-        ({"config_groups": {"group_0": {}}}, "weights are quantized (quantization_config.config_groups)"),
+        ({"quant_method": "gptq"}, "quantization_config is not one that sparsepack reads"),
+        ({"config_groups": {"group_0": {}}}, "quantization_status is None (expected 'compressed')"),
     ],
 )
 def test_legacy_configuration(copy: Make, edit: dict[str, Any], problem: str) -> None:

@@ -1,16 +1,23 @@
 //! Dense rows of any values: what an encoding accepts decodes to the same bits, however many rows it
-//! is given at a time.
+//! is given at a time. Codes that an encoding accepts decode.
 #![no_main]
 
 use arbitrary::{Result, Unstructured};
 use libfuzzer_sys::fuzz_target;
 use sparsepack_formats::encoding::MatrixShape;
-use sparsepack_formats_fuzz::{check_decoding, dense, encode, encoding, shape};
+use sparsepack_formats_fuzz::{check_decoding, dense, encode, encoding, quantized, shape};
 
 fn run(u: &mut Unstructured<'_>) -> Result<()> {
     let (encoding, shape) = (encoding(u)?, shape(u)?);
     let width = encoding.value_dtype().size_bytes();
     let MatrixShape { rows, cols } = MatrixShape::of(&shape);
+    if encoding.is_quantized() {
+        if let Some(Ok(parts)) = quantized(u, "w.weight", encoding, &shape)? {
+            let parts: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
+            assert!(check_decoding("w.weight", encoding, &shape, &parts), "just encoded");
+        }
+        return Ok(());
+    }
     let Some(dense) = dense(u, encoding, &shape)? else { return Ok(()) };
     let row_bytes = cols * width;
     let whole = encode("w.weight", encoding, &shape, &dense, dense.len());

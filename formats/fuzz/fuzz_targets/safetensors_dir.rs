@@ -4,8 +4,8 @@
 
 use arbitrary::{Result, Unstructured};
 use libfuzzer_sys::fuzz_target;
-use sparsepack_formats::compressed_tensors::SparseFormat;
-use sparsepack_formats_fuzz::{File, Scratch, name, read_everything};
+use sparsepack_formats::compressed_tensors::{SparseFormat, quantization_config};
+use sparsepack_formats_fuzz::{File, Scratch, encoding, name, read_everything};
 
 const SHARDS: [&str; 3] = ["model-00001-of-00002.safetensors", "s", "../s"];
 
@@ -14,9 +14,20 @@ fn run(u: &mut Unstructured<'_>) -> Result<()> {
     let config = match u.int_in_range(0..=9)? {
         0 => u.arbitrary()?,
         1 => "{}".to_owned(),
+        2..=4 => {
+            // The letters that files name their tensors by.
+            let modules: Vec<_> = ('a'..='f')
+                .map(|module| Ok((module.to_string(), encoding(u)?)))
+                .collect::<Result<Vec<_>>>()?
+                .into_iter()
+                .filter(|(_, encoding)| encoding.is_quantized() && !encoding.is_declared())
+                .collect();
+            let quantization = quantization_config(&modules, &[]).expect("all are of that kind");
+            serde_json::json!({ "quantization_config": quantization }).to_string()
+        }
         n => {
             let format =
-                if n < 5 { SparseFormat::Sparse24Bitmask } else { SparseFormat::SparseBitmask };
+                if n < 7 { SparseFormat::Sparse24Bitmask } else { SparseFormat::SparseBitmask };
             serde_json::json!({ "quantization_config": format.to_config(&[], 0.5) }).to_string()
         }
     };

@@ -9,7 +9,8 @@ use std::{
 
 use arbitrary::{Arbitrary, Result, Unstructured};
 use sparsepack_formats::{
-    CheckpointReader, DType, Encoder, Encoding, GgmlType, encoding::MatrixShape,
+    CheckpointReader, DType, Encoder, Encoding, GgmlType, IntGrid, Kept, QuantizedRows,
+    encoding::MatrixShape,
 };
 use tempfile::TempDir;
 
@@ -49,7 +50,7 @@ impl Default for Scratch {
 pub fn encoding(u: &mut Unstructured<'_>) -> Result<Encoding> {
     let dtype = u.choose_iter(DType::ALL)?;
     let types: Vec<GgmlType> = GgmlType::all().collect();
-    Ok(match u.int_in_range(0..=7)? {
+    Ok(match u.int_in_range(0..=11)? {
         0 => Encoding::Dense { dtype },
         1 => Encoding::Sparse24 { dtype },
         2 => Encoding::Nm { n: u.int_in_range(0..=17)?, m: u.int_in_range(0..=17)?, dtype },
@@ -57,7 +58,35 @@ pub fn encoding(u: &mut Unstructured<'_>) -> Result<Encoding> {
         4 => Encoding::TorchCutlass { dtype },
         5 => Encoding::CtSparse24Bitmask { dtype },
         6 => Encoding::CtSparseBitmask { dtype, kept: u.int_in_range(0..=300)? },
+        7 => Encoding::Int { grid: grid(u)?, kept: kept(u)? },
+        8 => Encoding::CtPackQuantized { grid: grid(u)? },
+        9 => Encoding::CtIntQuantized { grid: IntGrid { bits: 8, ..grid(u)? } },
+        10 => Encoding::CtFloatQuantized { scale: dtype },
         _ => Encoding::Ggml { ty: *u.choose(&types)? },
+    })
+}
+
+/// A grid, mostly one that there is.
+fn grid(u: &mut Unstructured<'_>) -> Result<IntGrid> {
+    let scale = if u.ratio(7, 8)? {
+        *u.choose(&[DType::F16, DType::Bf16, DType::F32])?
+    } else {
+        u.choose_iter(DType::ALL)?
+    };
+    Ok(IntGrid {
+        bits: u.int_in_range(1..=9)?,
+        group_size: *u.choose(&[None, Some(1), Some(4), Some(32), Some(0), Some(7)])?,
+        symmetric: u.arbitrary()?,
+        scale,
+    })
+}
+
+fn kept(u: &mut Unstructured<'_>) -> Result<Kept> {
+    Ok(match u.int_in_range(0..=3)? {
+        0 => Kept::All,
+        1 => Kept::Sparse24,
+        2 => Kept::Nm { n: u.int_in_range(0..=17)?, m: u.int_in_range(0..=17)? },
+        _ => Kept::Bitmask { kept: u.int_in_range(0..=300)? },
     })
 }
 
@@ -86,6 +115,9 @@ pub fn parts(
     shape: &[usize],
 ) -> Result<Option<Vec<Vec<u8>>>> {
     let Ok(components) = encoding.components(name, shape) else { return Ok(None) };
+    if encoding.is_quantized() && u.ratio(3, 4)? {
+        return Ok(quantized(u, name, encoding, shape)?.and_then(std::result::Result::ok));
+    }
     if u.arbitrary()? {
         let Some(dense) = dense(u, encoding, shape)? else { return Ok(None) };
         if let Ok(parts) = encode(name, encoding, shape, &dense, dense.len()) {
@@ -100,6 +132,67 @@ pub fn parts(
         all.push(fill(u, component.bytes as usize)?);
     }
     Ok(Some(all))
+}
+
+/// The components of a quantized tensor of any codes, some rows at a time, or why there are none. Codes of
+/// few bits, most of them zero points, so that sparse layouts have something to hold; `None` when there
+/// would be too many.
+pub fn quantized(
+    u: &mut Unstructured<'_>,
+    name: &str,
+    encoding: Encoding,
+    shape: &[usize],
+) -> Result<Option<sparsepack_formats::Result<Vec<Vec<u8>>>>> {
+    let (Ok(components), &[rows, cols]) = (encoding.components(name, shape), shape) else {
+        return Ok(None);
+    };
+    if rows.checked_mul(cols).is_none_or(|elements| elements as u64 > MAX_TENSOR_BYTES) {
+        return Ok(None);
+    }
+    let grid = match encoding {
+        Encoding::Int { grid, .. }
+        | Encoding::CtPackQuantized { grid }
+        | Encoding::CtIntQuantized { grid } => grid,
+        _ => IntGrid { bits: 8, group_size: None, symmetric: true, scale: DType::F16 },
+    };
+    let Ok(groups) = grid.groups(name, cols) else { return Ok(None) };
+    let code = |byte: u8| byte.cast_signed() >> (8 - grid.bits);
+    let points: Vec<i8> = match grid.symmetric {
+        true => vec![],
+        false => fill(u, rows * groups)?.into_iter().map(code).collect(),
+    };
+    let (mask, period) = (u.arbitrary::<u32>()?, u.int_in_range(1..=32)?);
+    let drawn = fill(u, rows * cols)?.into_iter().enumerate();
+    let codes: Vec<i8> = drawn
+        .map(|(index, byte)| match mask >> (index % period) & 1 {
+            0 => points.get(index / (cols / groups)).copied().unwrap_or(0),
+            _ => code(byte),
+        })
+        .collect();
+    let scales: Vec<f32> =
+        fill(u, rows * groups)?.into_iter().map(|byte| f32::from(byte) / 16.0).collect();
+    let at_once = u.int_in_range(1..=5)?;
+    Ok(Some((|| {
+        let mut encoder = Encoder::new(encoding, name, shape)?;
+        let mut parts = vec![vec![]; components.len()];
+        for start in (0..rows).step_by(at_once) {
+            let end = rows.min(start + at_once);
+            let more = encoder.quantized_rows(QuantizedRows {
+                codes: &codes[start * cols..end * cols],
+                scales: &scales[start * groups..end * groups],
+                zero_points: match points.as_slice() {
+                    [] => &[],
+                    points => &points[start * groups..end * groups],
+                },
+            })?;
+            parts.iter_mut().zip(more).for_each(|(part, more)| part.extend(more));
+        }
+        parts.iter_mut().zip(encoder.finish()?).for_each(|(part, more)| part.extend(more));
+        for (component, part) in components.iter().zip(&parts) {
+            assert_eq!(component.bytes, part.len() as u64, "{encoding} {}", component.suffix);
+        }
+        Ok(parts)
+    })()))
 }
 
 /// Values of a tensor, some of them zero by a mask of one to 32 elements, so that sparse encodings have

@@ -160,7 +160,10 @@ impl Schemes {
         };
         let mut expressions = BTreeMap::new();
         for (name, group) in &config.config_groups {
-            let within = |what| format!(".config_groups.{name}{what}");
+            let within = |what: String| format!(".config_groups.{name}{what}");
+            if !group.is_object() {
+                return Err(within(" is not an object; presets are not supported".to_owned()));
+            }
             let group = Group::deserialize(group).map_err(|error| within(format!(": {error}")))?;
             let scheme = group.scheme(config.format.as_deref()).map_err(within)?;
             for target in group.targets {

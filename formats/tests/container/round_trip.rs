@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use proptest::prelude::*;
 use sparsepack_formats::{
-    CheckpointReader, DType, Digest, Encoding, GgmlType, ModelMetadata,
+    CheckpointReader, DType, Digest, Encoding, GgmlType, IntGrid, Kept, ModelMetadata,
     container::{
         CHUNK_BYTES, ChunkJob, ContainerReader, ContainerWriter, Executor, FILE_NAME, InPlace,
         largest_size,
@@ -22,10 +22,18 @@ fn tensors() -> Vec<Tensor> {
     let packed = Encoding::Sparse24 { dtype: DType::F16 };
     let metadata: Vec<u8> = [0x44, 0xEE, 0x9C].into_iter().cycle().take(64).collect();
     let blocks = Encoding::Ggml { ty: GgmlType::Q8_0 };
+    let grid = IntGrid { bits: 4, group_size: Some(16), symmetric: true, scale: DType::F16 };
+    let codes = Encoding::Int { grid, kept: Kept::Sparse24 };
+    let nibbles: Vec<u8> = [0x44, 0xEE, 0x9C, 0xD8].into_iter().cycle().take(128).collect();
+    let scales: Vec<u8> = (0..64u16).flat_map(|bits| (0x3C00 + bits).to_le_bytes()).collect();
+    let words = Encoding::CtPackQuantized { grid };
+    let shape: Vec<u8> = [32u64, 32].iter().flat_map(|n| n.to_le_bytes()).collect();
     vec![
         dense("big", DType::Bf16, &[rows, COLS], noise(1, rows * COLS * 2, 2)),
         ("packed".to_owned(), packed, vec![32, 16], vec![noise(2, 512, 0), metadata]),
         dense("empty", DType::F32, &[0, 7], vec![]),
+        ("codes".to_owned(), codes, vec![32, 32], vec![noise(7, 256, 0), nibbles, scales.clone()]),
+        ("w.weight".to_owned(), words, vec![32, 32], vec![noise(8, 512, 0), scales, shape]),
         dense("vector", DType::F32, &[33], noise(3, 132, 0)),
         dense("scalar", DType::I64, &[], noise(4, 8, 0)),
         ("blocks".to_owned(), blocks, vec![3, 64], vec![noise(5, 3 * 68, 0)]),
@@ -43,7 +51,13 @@ fn tensors_come_back_whole_by_rows_and_by_bytes() {
     assert!(matches!(reader.metadata(), ModelMetadata::Bare));
     // A tensor without bytes has no place among the others, and comes last.
     let names: Vec<&str> = reader.tensors().iter().map(|info| info.name.as_str()).collect();
-    assert_eq!(names, ["big", "packed", "vector", "scalar", "blocks", "zeros", "bytes", "empty"]);
+    assert_eq!(
+        names,
+        [
+            "big", "packed", "codes", "w.weight", "vector", "scalar", "blocks", "zeros", "bytes",
+            "empty",
+        ]
+    );
     for (name, encoding, shape, parts) in &tensors {
         let info = reader.tensors().get(name).unwrap();
         assert_eq!((info.encoding, &info.shape), (*encoding, shape), "{name}");
@@ -127,7 +141,7 @@ fn the_file_does_not_depend_on_threads_and_stays_below_its_bound() {
         assert_eq!(written[0].bytes, expected.len() as u64);
         assert!(std::fs::read(&written[0].path).unwrap() == expected);
     }
-    assert_eq!(RAN.load(Ordering::Relaxed), 2 * 10);
+    assert_eq!(RAN.load(Ordering::Relaxed), 2 * 16);
     let bounds = tensors.iter();
     let bound: u64 = bounds.map(|(name, e, shape, _)| largest_size(name, *e, shape).unwrap()).sum();
     assert!(expected.len() as u64 <= bound + 200, "{} of {bound}", expected.len());

@@ -1,4 +1,4 @@
-"""Safetensors directories: plain, with packed tensors, or of compressed-tensors' sparse formats."""
+"""Safetensors directories: plain, with packed tensors, or of compressed-tensors' formats."""
 
 from __future__ import annotations
 
@@ -13,13 +13,18 @@ from safetensors import SafetensorError, safe_open
 from . import encodings
 from .checkpoint import Checkpoint
 from .dtypes import NAMES, dtype_of
-from .encodings import Component, Dense, Encoding, compressed_tensors
+from .encodings import Component, Dense, Encoding, Quantized, compressed_tensors, quantized
 from .encodings.base import shape_of
 from .errors import FormatError, MalformedError, check_name
+from .quantization import Schemes, schemes
 from .strict_json import parse_object
 
 DECLARATIONS = "sparsepack.encodings"
 HEADER_LIMIT = 100_000_000
+# Components that only quantized modules of compressed-tensors have, and others that they may not have here.
+QUANTIZED = (".weight_scale", ".weight_packed", ".weight_zero_point", ".weight_shape")
+FOREIGN = (".weight_g_idx", ".weight_global_scale", ".input_scale", ".input_zero_point", ".input_global_scale",
+           ".output_scale")
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class SafetensorsCheckpoint(Checkpoint):
                     raise FormatError(file, "declared in two files", name)
                 declarations[name] = (file, declaration)
         check_weight_map(path, self._stored)
-        self._place(declarations, sparsity_format(path))
+        self._place(declarations, storage(path))
 
     def _open(self, file: Path) -> dict[str, Any]:
         """Takes in the header of one file, and returns its declarations."""
@@ -60,7 +65,7 @@ class SafetensorsCheckpoint(Checkpoint):
             return {}
         return parse_object(file, metadata[DECLARATIONS], DECLARATIONS)
 
-    def _place(self, declarations: dict[str, tuple[Path, Any]], legacy: str | None) -> None:
+    def _place(self, declarations: dict[str, tuple[Path, Any]], stored_as: str | Schemes | None) -> None:
         """Finds the components of every packed tensor; what is left is dense. Keeps the stored order."""
         owners: dict[str, str] = {}
         packed: dict[str, Encoding] = {}
@@ -74,8 +79,10 @@ class SafetensorsCheckpoint(Checkpoint):
                 if self._stored[name + component.suffix].file != file:
                     raise FormatError(file, f"{component.suffix} lies in another file than its declaration", name)
         self._check_neighbours(packed)
-        if legacy is not None:
-            self._place_legacy(legacy, packed, owners)
+        if isinstance(stored_as, Schemes):
+            self._place_quantized(stored_as, packed, owners)
+        elif stored_as is not None:
+            self._place_legacy(stored_as, packed, owners)
         for stored_name, stored in self._stored.items():
             owner = owners.get(stored_name, stored_name)
             if owner not in self.encodings:
@@ -110,6 +117,44 @@ class SafetensorsCheckpoint(Checkpoint):
                 (compressed_tensors.BITMASK, compressed_tensors.ROW_OFFSETS)
             ):
                 raise FormatError(stored.file, "stored without the other components", stored_name)
+
+    def _place_quantized(self, found: Schemes, packed: dict[str, Encoding], owners: dict[str, str]) -> None:
+        modules = {name.removesuffix(suffix) for name in self._stored for suffix in QUANTIZED if name.endswith(suffix)}
+        for module in sorted(modules):
+            name = module + ".weight"
+            try:
+                packed[name] = self._quantized(module, found)
+            except MalformedError as wrong:
+                raise FormatError(self.path, str(wrong), name) from None
+            self._claim(name, packed[name], module, owners)
+            known = {component.suffix for component in packed[name].components()}
+            for suffix in (*QUANTIZED, *FOREIGN, ".weight"):
+                if suffix not in known and module + suffix in self._stored:
+                    raise FormatError(self.path, f"{suffix} is not a component of {packed[name].name}", name)
+        for module in found.names:
+            if module not in modules and module + ".weight" in self._stored:
+                raise FormatError(self.path, "a target of config_groups, but not quantized", module + ".weight")
+
+    def _quantized(self, module: str, found: Schemes) -> Quantized:
+        """The encoding of a module's weight; its shape is that of the codes, or said beside them."""
+        scheme = found.of(module)
+        scale = self._component(module, ".weight_scale")
+        quantized.check_scales(scale.dtype)
+        if scheme.format != quantized.PACK:
+            shape = self._component(module, ".weight").shape
+        else:
+            said = self._component(module, ".weight_shape")
+            if (said.dtype, said.shape) != (torch.int64, (2,)):
+                raise MalformedError(f".weight_shape is {said.dtype} {list(said.shape)} (expected two I64)")
+            shape = tuple(self._tensor(module + ".weight_shape").tolist())
+        if len(shape) != 2 or min(shape) < 0:
+            raise MalformedError(f"shape {list(shape)} is not a matrix")
+        return Quantized.of(scale.dtype, (shape[0], shape[1]), scheme.grid, scheme.format)
+
+    def _component(self, module: str, suffix: str) -> Stored:
+        if module + suffix not in self._stored:
+            raise MalformedError(f"component {suffix} is not stored")
+        return self._stored[module + suffix]
 
     def _check_neighbours(self, packed: dict[str, Encoding]) -> None:
         """Beside its components, neither a tensor's own name nor the name with another suffix may be stored."""
@@ -210,8 +255,8 @@ def read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     return tensors, metadata
 
 
-def sparsity_format(path: Path) -> str | None:
-    """Which sparse format of compressed-tensors ``config.json`` names, if one."""
+def storage(path: Path) -> str | Schemes | None:
+    """What ``config.json`` says of compressed-tensors: a sparse format, quantized modules, or nothing."""
     file = path / "config.json"
     if not file.is_file():
         return None
@@ -220,9 +265,12 @@ def sparsity_format(path: Path) -> str | None:
     if quantization is None:
         return None
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "compressed-tensors":
-        raise FormatError(file, "quantization_config is not one that sparsepack writes")
+        raise FormatError(file, "quantization_config is not one that sparsepack reads")
     if quantization.get("config_groups"):
-        raise FormatError(file, "weights are quantized (quantization_config.config_groups)")
+        try:
+            return schemes(quantization)
+        except MalformedError as wrong:
+            raise FormatError(file, str(wrong)) from None
     sparsity = quantization.get("sparsity_config")
     named = sparsity.get("format") if isinstance(sparsity, dict) else None
     if named in compressed_tensors.SUFFIXES:

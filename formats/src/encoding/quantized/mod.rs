@@ -204,4 +204,6 @@ fn groups(name: &str, group_size: Option<u32>, cols: usize) -> Result<usize> {
 }
 
 #[cfg(test)]
+mod refusals;
+#[cfg(test)]
 mod tests;
