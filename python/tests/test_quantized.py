@@ -337,7 +337,10 @@ def test_malformed_directories(directory: Path, change: Callable[[Path], None], 
             lambda c: c["config_groups"].update(group_9=c["config_groups"]["group_0"]),
             "quantization_config.config_groups.group_9: target 'float-8-0-sym-f16' stands twice",
         ),
-        (lambda c: c["config_groups"].update(W4A16=["Linear"]), "quantization_config.config_groups.W4A16: not an object with targets"),
+        (
+            lambda c: c["config_groups"].update(W4A16=["Linear"]),
+            "quantization_config.config_groups.W4A16: not an object with targets",
+        ),
     ],
 )
 def test_configurations_that_are_not_read(edit: Callable[[dict[str, Any]], object], problem: str) -> None:
@@ -354,7 +357,12 @@ def test_targets_come_by_name_then_expression_then_class() -> None:
 
     groups = {"a": group(2, "Linear"), "b": group(3, r"re:layers\.\d+\.m", "re:z"), "c": group(4, "layers.1.m")}
     found = schemes(
-        {"quantization_status": "compressed", "format": "pack-quantized", "config_groups": groups, "ignore": ["re:.*head"]}
+        {
+            "quantization_status": "compressed",
+            "format": "pack-quantized",
+            "config_groups": groups,
+            "ignore": ["re:.*head"],
+        }
     )
     bits = [found.of(module).grid.bits for module in ("layers.1.m", "layers.12.mlp", "model.layers.1.m", "other")]
     assert bits == [4, 3, 2, 2]
@@ -364,9 +372,8 @@ def test_targets_come_by_name_then_expression_then_class() -> None:
 
 def test_a_weight_by_itself() -> None:
     case = golden()["int-8-12-asym-f16"]
-    declaration = {
-        "encoding": "ct-int-quantized", "bits": 8, "group_size": 12, "symmetric": False, "dtype": "F16", "shape": [13, 60],
-    }  # fmt: skip
+    grid = {"bits": 8, "group_size": 12, "symmetric": False, "dtype": "F16", "shape": [13, 60]}
+    declaration = {"encoding": "ct-int-quantized", **grid}
     encoding = encodings.declared(declaration, in_container=True)
     assert isinstance(encoding, Quantized)
     assert same_bits(encoding.decode(case), case[".dense"])

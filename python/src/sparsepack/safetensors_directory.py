@@ -23,8 +23,14 @@ DECLARATIONS = "sparsepack.encodings"
 HEADER_LIMIT = 100_000_000
 # Components that only quantized modules of compressed-tensors have, and others that they may not have here.
 QUANTIZED = (".weight_scale", ".weight_packed", ".weight_zero_point", ".weight_shape")
-FOREIGN = (".weight_g_idx", ".weight_global_scale", ".input_scale", ".input_zero_point", ".input_global_scale",
-           ".output_scale")
+FOREIGN = (
+    ".weight_g_idx",
+    ".weight_global_scale",
+    ".input_scale",
+    ".input_zero_point",
+    ".input_global_scale",
+    ".output_scale",
+)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..dtypes import NAMES, dtype_of
+from ..dtypes import NAMES
 from ..errors import MalformedError
 from . import nm, sparse24
 from .base import Component, count_of, declared_matrix, first, row_blocks, unpack_bits
@@ -221,7 +221,9 @@ class Quantized:
         if self.name != PACK:
             weight = parts[".weight"]
             wide = torch.float32 if self.name == FLOAT else torch.int16
-            return values(self.shape, self.grid, parts[".weight_scale"], points, lambda block, _: weight[block].to(wide))
+            return values(
+                self.shape, self.grid, parts[".weight_scale"], points, lambda block, _: weight[block].to(wide)
+            )
         if tuple(parts[".weight_shape"].tolist()) != self.shape:
             raise MalformedError(f".weight_shape is {parts['.weight_shape'].tolist()} (expected {list(self.shape)})")
         packed, bits, half = parts[".weight_packed"].contiguous().view(torch.uint8), self.grid.bits, self.grid.half
@@ -252,7 +254,7 @@ def unpack(packed: torch.Tensor, count: int, bits: int, suffix: str, first_row: 
     if unused.any():
         raise MalformedError(f"row {first_row + first(unused)}: an unused bit of {suffix} is set")
     weights = 1 << torch.arange(bits, dtype=torch.int16, device=packed.device)
-    numbers = flags[:, : count * bits].unflatten(1, (count, bits)) if count else flags[:, :0].unsqueeze(-1)
+    numbers = flags[:, : count * bits].reshape(-1, count, bits)
     return (numbers * weights).sum(-1, dtype=torch.int16)
 
 
