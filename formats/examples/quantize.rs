@@ -85,13 +85,12 @@ fn write(
     let mut writer = SafetensorsWriter::create(output, &[layout])?;
     for info in tensors {
         let (name, rows) = (&info.name, info.shape.iter().rev().skip(1).product());
-        let parts = match encoding_of(name) {
-            Some(encoding) => encode(&source.read_f32(name)?, name, &info.shape, encoding)?,
-            None => {
-                let mut values = vec![];
-                source.read_rows_dense(name, 0..rows, &mut values)?;
-                vec![values]
-            }
+        let parts = if let Some(encoding) = encoding_of(name) {
+            encode(&source.read_f32(name)?, name, &info.shape, encoding)?
+        } else {
+            let mut values = vec![];
+            source.read_rows_dense(name, 0..rows, &mut values)?;
+            vec![values]
         };
         for (component, bytes) in parts.iter().enumerate() {
             writer.write(name, component, bytes)?;

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 use sparsepack_formats::{
-    DType, Encoder, Encoding, FormatError, GgmlType, MappedFile, SafetensorsWriter, ShardLayout,
-    Survey, TensorIndex, TensorInfo,
+    DType, Encoder, Encoding, FormatError, GgmlType, IntGrid, Kept, MappedFile, SafetensorsWriter,
+    ShardLayout, Survey, TensorIndex, TensorInfo,
     encoding::{MatrixShape, ggml, nm, sparse24},
     open,
     safetensors::SafetensorsReader,
@@ -30,6 +30,16 @@ fn encodings() -> Vec<Encoding> {
     for dtype in [DType::F32, DType::Bf16, DType::I8] {
         all.push(Encoding::CtSparse24Bitmask { dtype });
         all.push(Encoding::CtSparseBitmask { dtype, kept: 0 });
+    }
+    for scale in [DType::F32, DType::F16] {
+        let grid = IntGrid { bits: 8, group_size: None, symmetric: false, scale };
+        for kept in [Kept::All, Kept::Sparse24, Kept::Nm { n: 4, m: 8 }, Kept::Bitmask { kept: 0 }]
+        {
+            all.push(Encoding::Int { grid, kept });
+        }
+        all.push(Encoding::CtPackQuantized { grid });
+        all.push(Encoding::CtIntQuantized { grid });
+        all.push(Encoding::CtFloatQuantized { scale });
     }
     all.extend(GgmlType::all().map(|ty| Encoding::Ggml { ty }));
     all
@@ -123,17 +133,19 @@ fn columns_without_rows_take_no_memory() {
     let shape = [0, cols];
     let shape_component = [[0; 8], cols.to_le_bytes()].concat();
     for encoding in encodings() {
-        let parts: &[&[u8]] = match encoding {
-            Encoding::Dense { .. } | Encoding::Ggml { .. } => &[&[]],
-            Encoding::Sparse24 { .. } | Encoding::Nm { .. } => &[&[], &[]],
-            Encoding::Bitmask { .. } => &[&[], &[], &[0; 8]],
-            Encoding::CtSparse24Bitmask { .. } => &[&[], &[], &shape_component],
-            Encoding::CtSparseBitmask { .. } => &[&[], &[], &shape_component, &[]],
-            _ => unreachable!("not among the encodings of this test"),
-        };
+        let parts: Vec<Vec<u8>> = encoding
+            .components(NAME, &shape)
+            .unwrap()
+            .iter()
+            .map(|part| {
+                // Offsets, or nothing.
+                let zeros = || vec![0; part.bytes as usize];
+                if part.suffix.ends_with("shape") { shape_component.clone() } else { zeros() }
+            })
+            .collect();
         let mut out = vec![];
-        encoding.decode_dense(NAME, &shape, parts, 0..0, &mut out).unwrap();
-        let decoded = encoding.decode_all_f32(NAME, &shape, parts, &mut []);
+        encoding.decode_dense(NAME, &shape, &parts, 0..0, &mut out).unwrap();
+        let decoded = encoding.decode_all_f32(NAME, &shape, &parts, &mut []);
         assert_eq!(decoded.is_ok(), encoding.value_dtype().is_float_weight(), "{encoding}");
     }
     let (mut codes, matrix) = (vec![], MatrixShape { rows: 0, cols });

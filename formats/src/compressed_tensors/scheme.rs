@@ -67,7 +67,7 @@ pub(crate) struct Schemes {
 }
 
 #[derive(Deserialize)]
-struct Config {
+struct Configuration {
     config_groups: BTreeMap<String, Value>,
     format: Option<String>,
     quantization_status: Option<String>,
@@ -133,7 +133,8 @@ impl Schemes {
     }
 
     fn parse(quantization: &Value) -> std::result::Result<Self, String> {
-        let config = Config::deserialize(quantization).map_err(|error| format!(": {error}"))?;
+        let config =
+            Configuration::deserialize(quantization).map_err(|error| format!(": {error}"))?;
         if config.quantization_status.as_deref() != Some("compressed") {
             let found = config.quantization_status.as_deref().unwrap_or("not there");
             return Err(format!(".quantization_status is {found}; expected compressed"));
@@ -363,10 +364,8 @@ pub fn quantization_config(
         }
     }
     let Some((first, _)) = groups.first() else { return Ok(None) };
-    let format = match groups.iter().all(|(scheme, _)| scheme.format() == first.format()) {
-        true => first.format(),
-        false => "mixed-precision",
-    };
+    let same = groups.iter().all(|(scheme, _)| scheme.format() == first.format());
+    let format = if same { first.format() } else { "mixed-precision" };
     let several = groups.len() > 1;
     let config_groups: serde_json::Map<_, _> = groups
         .iter()

@@ -168,7 +168,7 @@ impl Encoder {
             | Encoding::CtIntQuantized { .. }
             | Encoding::CtFloatQuantized { .. } => {
                 let layout = quantized::Layout::of(&self.name, self.encoding)?;
-                layout.finish(&self.name, &[rows, cols], self.quantized)?
+                layout.finish(&self.name, &[rows, cols], &self.quantized)?
             }
             Encoding::Dense { .. }
             | Encoding::Sparse24 { .. }

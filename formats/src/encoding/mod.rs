@@ -335,10 +335,8 @@ impl Encoding {
     /// Name in the container of a component of tensor `name`. The components of compressed-tensors
     /// stand in the place of `.weight`, all others behind the name.
     pub fn component_name(self, name: &str, component: &Component) -> String {
-        let owner = match self.replaces_weight() {
-            true => name.strip_suffix(".weight").unwrap_or(name),
-            false => name,
-        };
+        let module = name.strip_suffix(".weight").filter(|_| self.replaces_weight());
+        let owner = module.unwrap_or(name);
         format!("{owner}{}", component.suffix)
     }
 

@@ -133,13 +133,11 @@ fn what_is_not_about_quantized_weights_is_left_alone() {
     }
 }
 
+const AT: &str = "config.json: offset 0: quantization_config";
+
 #[test]
-fn what_is_not_read_is_refused_by_name() {
-    let group = |change: fn(&mut Value)| {
-        message(move |config| change(&mut config["config_groups"]["group_0"]))
-    };
-    let at = "config.json: offset 0: quantization_config";
-    let within = format!("{at}.config_groups.group_0");
+fn configurations_that_are_not_read_are_refused_by_name() {
+    let at = AT;
     for (found, expected) in [
         (
             message(|config| config["quantization_status"] = json!("frozen")),
@@ -179,6 +177,18 @@ fn what_is_not_read_is_refused_by_name() {
             message(|config| config["config_groups"] = json!({ "W4A16": ["Linear"] })),
             format!("{at}.config_groups.W4A16 is not an object; presets are not supported"),
         ),
+    ] {
+        assert_eq!(found, expected);
+    }
+}
+
+#[test]
+fn groups_that_are_not_read_are_refused_by_name() {
+    let group = |change: fn(&mut Value)| {
+        message(move |config| change(&mut config["config_groups"]["group_0"]))
+    };
+    let within = format!("{AT}.config_groups.group_0");
+    for (found, expected) in [
         (
             group(|group| group["input_activations"] = json!({ "num_bits": 8 })),
             format!("{within}.input_activations is not supported; expected weights alone"),

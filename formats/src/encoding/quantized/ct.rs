@@ -207,18 +207,15 @@ impl<'a> Codec<'a> {
         }
         let scale_name = component_name(name, ".weight_scale");
         self.grid.decode(rows, sink, |at, row| {
-            match self.format {
-                Format::Pack(IntGrid { bits, .. }) => {
-                    self.unpack_codes(codes, bits, at, row)?;
-                    if let Some(points) = points {
-                        self.unpack_points(points, bits, at, row);
-                    }
+            if let Format::Pack(IntGrid { bits, .. }) = self.format {
+                self.unpack_codes(codes, bits, at, row)?;
+                if let Some(points) = points {
+                    self.unpack_points(points, bits, at, row);
                 }
-                _ => {
-                    copy(&codes[at * cols..], &mut row.codes);
-                    if let Some(points) = points {
-                        copy(&points[at * self.grid.groups..], &mut row.zero_points);
-                    }
+            } else {
+                copy(&codes[at * cols..], &mut row.codes);
+                if let Some(points) = points {
+                    copy(&points[at * self.grid.groups..], &mut row.zero_points);
                 }
             }
             self.grid.read_scales(&scale_name, at, scales, &mut row.scales)

@@ -161,7 +161,7 @@ impl<'a> Grid<'a> {
                 return Err(self.refuse(format!("row {at}, group {group}: {what}")));
             }
         }
-        self.check_scales(self.name, at, &row.scales)?;
+        check_scales(self.name, at, &row.scales)?;
         for (group, (codes, scale)) in
             row.codes.chunks(self.group_cols()).zip(&row.scales).enumerate()
         {
@@ -215,21 +215,7 @@ impl<'a> Grid<'a> {
     ) -> Result<()> {
         let row_bytes = self.groups * self.scale.size_bytes();
         dense::to_f32(self.scale, &bytes[at * row_bytes..][..row_bytes], scales);
-        self.check_scales(component, at, scales)
-    }
-
-    fn check_scales(&self, name: &str, at: usize, scales: &[f32]) -> Result<()> {
-        let bad = |scale: &f32| !scale.is_finite() || scale.is_sign_negative();
-        match scales.iter().position(bad) {
-            None => Ok(()),
-            Some(group) => Err(refuse(
-                name,
-                format!(
-                    "row {at}, group {group}: the scale is {}; expected a number that is not negative",
-                    scales[group]
-                ),
-            )),
-        }
+        check_scales(component, at, scales)
     }
 
     /// The values of a row, exact in the scales' type.
@@ -324,4 +310,19 @@ impl<'a> Grid<'a> {
 
 pub(super) fn refuse(name: &str, what: String) -> FormatError {
     FormatError::Encoding { name: name.to_owned(), what }
+}
+
+/// Refuses a scale that is negative or not finite.
+fn check_scales(name: &str, at: usize, scales: &[f32]) -> Result<()> {
+    let bad = |scale: &f32| !scale.is_finite() || scale.is_sign_negative();
+    match scales.iter().position(bad) {
+        None => Ok(()),
+        Some(group) => Err(refuse(
+            name,
+            format!(
+                "row {at}, group {group}: the scale is {}; expected a number that is not negative",
+                scales[group]
+            ),
+        )),
+    }
 }

@@ -167,7 +167,9 @@ impl<'a> Codec<'a> {
         let mut marks: Vec<u8> = given.codes.iter().map(|code| code.cast_unsigned()).collect();
         debug_assert_eq!(marks.len(), rows * self.grid.matrix.cols);
         for (marks, point) in marks.chunks_exact_mut(cols).zip(given.zero_points) {
-            marks.iter_mut().for_each(|mark| *mark = mark.wrapping_sub(point.cast_unsigned()));
+            for mark in marks {
+                *mark = mark.wrapping_sub(point.cast_unsigned());
+            }
         }
         marks
     }

@@ -159,7 +159,7 @@ impl Layout {
     }
 
     /// What follows the last row.
-    pub(super) fn finish(self, name: &str, shape: &[usize], state: State) -> Result<Vec<Vec<u8>>> {
+    pub(super) fn finish(self, name: &str, shape: &[usize], state: &State) -> Result<Vec<Vec<u8>>> {
         Ok(match self {
             Self::Int(grid, kept) => int::Codec::new(name, grid, kept, shape)?.finish(state.int),
             Self::Ct(format) => ct::Codec::new(name, format, shape)?.finish(&state.zero_points),

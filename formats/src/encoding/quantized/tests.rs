@@ -330,7 +330,7 @@ proptest! {
             .map(|code| if code & 0x7F == 0x7F { 0 } else { code })
             .collect();
         let scales: Vec<f32> =
-            (0..rows).map(|_| (random.scale(scale) / 4.0).max(1.0).min(64.0)).collect();
+            (0..rows).map(|_| (random.scale(scale) / 4.0).clamp(1.0, 64.0)).collect();
         let mut exact = vec![];
         crate::encoding::dense::encode_f32("w", scale, &scales, &mut exact).unwrap();
         let mut scales = scales;
