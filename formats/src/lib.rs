@@ -62,6 +62,9 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
+//! Quantized matrices are written as they were solved, with [`Encoder::quantized_rows`]: codes, scales and
+//! zero points go in, and nothing is rounded again.
+//!
 //! # Trust
 //!
 //! Whatever is in a file, reading it is an error or a result, never a panic: every count, length and
