@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 use sparsepack_formats::{
-    DType, Encoder, Encoding, FormatError, GgmlType, IntGrid, Kept, MappedFile, SafetensorsWriter,
-    ShardLayout, Survey, TensorIndex, TensorInfo,
+    DType, Encoder, Encoding, FormatError, GgmlType, IntGrid, Kept, MappedFile, QuantizedRows,
+    SafetensorsWriter, ShardLayout, Survey, TensorIndex, TensorInfo,
     encoding::{MatrixShape, ggml, nm, sparse24},
     open,
     safetensors::SafetensorsReader,
@@ -260,6 +260,9 @@ proptest! {
             let Ok(components) = encoding.components(NAME, &shape) else { continue };
             let elements = shape.iter().fold(1u128, |n, &d| n.saturating_mul(d as u128));
             let mask = || shape[0] as u128 * (shape[1] as u128).div_ceil(8);
+            let dim = |at: usize| shape[at] as u128;
+            // A scale and a zero point of 8 bits for each row.
+            let by_row = || dim(0) * (encoding.value_dtype().size_bytes() as u128 + 1);
             let expected = match encoding {
                 Encoding::Dense { dtype } => elements * dtype.size_bytes() as u128,
                 Encoding::Ggml { ty } => {
@@ -273,6 +276,20 @@ proptest! {
                     elements / 2 * dtype.size_bytes() as u128 + mask() + 16
                 }
                 Encoding::CtSparseBitmask { .. } => mask() + 16 + 8 * shape[0] as u128,
+                Encoding::Int { kept: Kept::All, .. } | Encoding::CtIntQuantized { .. } => {
+                    elements + by_row()
+                }
+                Encoding::Int { kept: Kept::Sparse24 | Kept::Nm { .. }, .. } => {
+                    elements / 2 + mask() + by_row()
+                }
+                Encoding::Int { kept: Kept::Bitmask { .. }, .. } => {
+                    mask() + 8 * (dim(0).div_ceil(64) + 1) + by_row()
+                }
+                Encoding::CtPackQuantized { .. } => {
+                    let words = dim(0) * dim(1).div_ceil(4) + dim(0).div_ceil(4);
+                    4 * words + by_row() - dim(0) + 16
+                }
+                Encoding::CtFloatQuantized { .. } => elements + by_row() - dim(0),
                 _ => unreachable!("not among the encodings of this test"),
             };
             let stored_bytes = components.iter().map(|component| component.bytes).sum();
@@ -287,6 +304,8 @@ proptest! {
             let _ = encoding.decode_dense(NAME, &shape, &[&[]], 0..rows.min(1), &mut vec![]);
             let mut encoder = Encoder::new(encoding, NAME, &shape).unwrap();
             let _ = encoder.rows(&[0; 64]);
+            let (codes, scales) = (&[0; 64], &[1.0; 4]);
+            let _ = encoder.quantized_rows(QuantizedRows { codes, scales, zero_points: &[0; 4] });
         }
     }
 }
