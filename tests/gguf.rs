@@ -250,6 +250,112 @@ fn pruned_rows_stand_where_gguf_wants_them() {
     assert_same_values(&ours, &plain);
 }
 
+// --- SentencePiece ---
+
+/// `fixtures/spm` without one of its files.
+fn sentencepiece(dir: &Dir, without: &str) -> PathBuf {
+    let model = dir.join(&format!("without-{without}"));
+    copy_dir(&fixture("spm"), &model);
+    fs::remove_file(model.join(without)).unwrap();
+    model
+}
+
+/// Text and ids by llama.cpp.
+fn sentencepiece_ids() -> Vec<(String, Vec<u32>)> {
+    let golden: Value =
+        serde_json::from_slice(&fs::read(fixture("spm/ids.json")).unwrap()).unwrap();
+    let case = |case: &Value| {
+        let ids = serde_json::from_value(case["ids"].clone()).unwrap();
+        (case["text"].as_str().unwrap().to_owned(), ids)
+    };
+    golden["cases"].as_array().unwrap().iter().map(case).collect()
+}
+
+#[track_caller]
+fn assert_ids_of_llama_cpp(model: &Path) {
+    let tokenizer = Tokenizer::open(&ModelSource::open(model).unwrap()).unwrap();
+    for (text, ids) in sentencepiece_ids() {
+        assert_eq!(tokenizer.encode(&text).unwrap(), ids, "{text:?}");
+    }
+}
+
+#[test]
+fn a_sentencepiece_vocabulary_arrives_from_either_file() {
+    let dir = Dir::new();
+    let mut found = Vec::new();
+    for without in ["ids.json", "tokenizer.json", "tokenizer.model"] {
+        let out = dir.join(&format!("out-{without}"));
+        run(&sentencepiece(&dir, without), &gguf(None), &out);
+        assert_ids_of_llama_cpp(&out);
+        found.push(metadata(&ModelSource::open(&out).unwrap()).clone());
+    }
+    let text = |value: &str| GgufValue::String(value.to_owned());
+    let template = fs::read_to_string(fixture("spm/chat_template.jinja")).unwrap();
+    for (key, value) in [
+        ("model", text("llama")),
+        ("pre", text("default")),
+        ("bos_token_id", GgufValue::U32(1)),
+        ("eos_token_id", GgufValue::U32(2)),
+        ("unknown_token_id", GgufValue::U32(0)),
+        ("add_bos_token", GgufValue::Bool(true)),
+        ("add_space_prefix", GgufValue::Bool(true)),
+    ] {
+        for metadata in &found {
+            assert_eq!(metadata.get(&format!("tokenizer.ggml.{key}")), Some(&value), "{key}");
+        }
+    }
+    for metadata in &found {
+        assert_eq!(metadata.str("tokenizer.chat_template").unwrap(), template);
+        assert!(metadata.get("tokenizer.ggml.merges").is_none());
+        let types = metadata.i32s("tokenizer.ggml.token_type").unwrap();
+        assert_eq!((types[..4].to_vec(), types[259], types[600]), (vec![2, 3, 3, 6], 1, 5));
+        let tokens = metadata.strings("tokenizer.ggml.tokens").unwrap();
+        assert_eq!((tokens.len(), tokens.get(607)), (608, Some("[PAD607]")));
+        // Scores of control tokens are not used.
+        let scores =
+            |metadata: &GgufMetadata| metadata.f32s("tokenizer.ggml.scores").unwrap()[3..].to_vec();
+        assert_eq!(scores(metadata), scores(&found[0]));
+        let key = "tokenizer.ggml.token_type";
+        assert_eq!(metadata.get(key), found[0].get(key));
+    }
+}
+
+#[test]
+fn a_sentencepiece_vocabulary_comes_back() {
+    let dir = Dir::new();
+    let (first, back, second) = (dir.join("first"), dir.join("back"), dir.join("second"));
+    run(&fixture("spm"), &gguf(None), &first);
+    convert_command(&first, &back).args(["--dtype", "f16"]).succeeds();
+    assert_ids_of_llama_cpp(&back);
+    let settings: Value =
+        serde_json::from_slice(&fs::read(back.join("tokenizer_config.json")).unwrap()).unwrap();
+    for (key, value) in [
+        ("bos_token", json!("<s>")),
+        ("eos_token", json!("</s>")),
+        ("unk_token", json!("<unk>")),
+        ("add_bos_token", json!(true)),
+        ("add_prefix_space", json!(true)),
+    ] {
+        assert_eq!(settings[key], value, "{key}");
+    }
+    run(&back, &gguf(None), &second);
+    let (first, second) = (ModelSource::open(&first).unwrap(), ModelSource::open(&second).unwrap());
+    for key in ["tokens", "token_type", "add_space_prefix", "add_bos_token", "bos_token_id"] {
+        let key = format!("tokenizer.ggml.{key}");
+        assert_eq!(metadata(&first).get(&key), metadata(&second).get(&key), "{key}");
+    }
+    assert_ids_of_llama_cpp(&dir.join("second"));
+}
+
+#[test]
+fn a_directory_with_tokenizer_model_alone_is_tokenized() {
+    let dir = Dir::new();
+    let model = sentencepiece(&dir, "tokenizer.json");
+    assert_ids_of_llama_cpp(&model);
+    let text = ["--text", "fixtures/text/heldout.txt", "--window", "64", "--max-windows", "1"];
+    Command::new("eval").arg(&model).args(text).succeeds();
+}
+
 // --- from GGUF ---
 
 #[test]
@@ -348,6 +454,9 @@ fn every_command_takes_an_output() {
     Command::new("plan").arg(&out).succeeds();
     let unpack = Command::new("unpack").arg(&out).arg("-o").arg(dir.join("dense"));
     unpack.fails(1).says(&["is GGUF, not a packed output", "--format safetensors"]);
+    let file = fixture("tiny/llama-gqa.gguf");
+    let unpack = Command::new("unpack").arg(file).arg("-o").arg(dir.join("dense"));
+    unpack.fails(1).says(&["llama-gqa.gguf: is GGUF, not a packed output", "--format safetensors"]);
     let decoded = dir.join("decoded");
     convert_command(&out, &decoded).args(["--dtype", "f32"]).succeeds();
     assert_same_values(&decoded, &out);
@@ -411,6 +520,17 @@ fn lost_zeros_are_recorded_when_they_are_allowed() {
         ran.story()
     );
     let manifest = Manifest::read(&out).unwrap();
+    let again = convert_command(&fixture("model"), &dir.join("again"))
+        .args(args)
+        .args(["--allow-zero-loss", "--json"])
+        .succeeds()
+        .json();
+    assert_eq!(again["fallbacks"].as_array().unwrap().len(), 29);
+    assert_eq!(
+        again["fallbacks"][0],
+        json!({"tensor": "model.embed_tokens.weight", "cols": 128, "asked": "Q5_K", "used": "Q5_1"})
+    );
+    let lost = again["zeros_lost"].as_array().unwrap();
     let source = ModelSource::open(&out).unwrap();
     let mut layers = 0;
     for tensor in &manifest.tensors {
@@ -420,8 +540,17 @@ fn lost_zeros_are_recorded_when_they_are_allowed() {
         let zeros = values.iter().filter(|value| **value == 0.0).count() as u64;
         assert_eq!(report.stored_zeros, Some(zeros), "{}", tensor.name);
         assert!(zeros < report.zeroed / 2, "{}", tensor.name);
+        let record =
+            json!({"tensor": tensor.name, "zeroed": report.zeroed, "stored_zeros": zeros});
+        assert!(lost.contains(&record), "{record}");
     }
-    assert_eq!(layers, 28);
+    assert_eq!((layers, lost.len()), (28, 28));
+    let exact = convert_command(&fixture("model"), &dir.join("exact"))
+        .args(["--format", "gguf", "--dtype", "q8_0", "--prune", "magnitude", "--sparsity", "2:4"])
+        .arg("--json")
+        .succeeds()
+        .json();
+    assert_eq!((&exact["fallbacks"], &exact["zeros_lost"]), (&json!([]), &json!([])));
     Command::new("verify").arg(&out).succeeds();
 }
 
@@ -437,7 +566,7 @@ fn what_gguf_cannot_say_is_refused_by_name() {
     );
     assert_eq!(
         refusal(&fixture("tiny/llama-gqa")),
-        "MODEL/tokenizer.json: not found; expected the tokenizer of the model as tokenizer.json"
+        "MODEL/tokenizer.json: not found; expected the tokenizer of the model as tokenizer.json or tokenizer.model"
     );
     let relu = edited(&dir, "llama-gqa", "config.json", |config| {
         config["hidden_act"] = json!("relu");
@@ -464,9 +593,9 @@ fn tokenizers_that_llama_cpp_cannot_name_are_refused() {
     });
     assert!(message.contains("llama.cpp has no name for the way it normalizes and splits"));
     let message = refusal(&|tokenizer| tokenizer["model"]["type"] = json!("Unigram"));
-    assert!(message.contains("a model of type Unigram; GGUF output is for byte-level BPE"));
+    assert!(message.contains("a model of type Unigram; GGUF output is for byte-level and"));
     let message = refusal(&|tokenizer| tokenizer["model"]["vocab"]["<0x0A>"] = json!(3));
-    assert!(message.contains("a SentencePiece vocabulary (token `<0x0A>`)"));
+    assert!(message.contains("`byte_fallback` is "), "{message}");
     let message = refusal(&|tokenizer| tokenizer["model"]["vocab"]["more"] = json!(96));
     assert!(message.contains("token `more` has no id below the model's vocab_size of 96"));
     let message = refusal(&|tokenizer| tokenizer["model"]["vocab"]["more"] = json!(7));

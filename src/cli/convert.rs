@@ -72,7 +72,7 @@ pub(super) fn run(args: &ConvertArgs, quiet: bool) -> Result<Status, CliError> {
         progress,
     )?;
     if args.json {
-        render::json(&render::ConvertedJson::new(&converted))?;
+        render::json(&render::ConvertedJson::new(&plan, &converted))?;
     } else {
         render::converted(&args.output, &plan, &converted)?;
     }

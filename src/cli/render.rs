@@ -16,8 +16,8 @@ use super::{
 use crate::{
     model::ModelSource,
     pipeline::{
-        ConversionPlan, Converted, Fallback, Manifest, Phase, PhaseTimes, Totals, VerifyReport,
-        resident_bytes,
+        ConversionPlan, Converted, Fallback, Manifest, Phase, PhaseTimes, TensorRecord, Totals,
+        VerifyReport, resident_bytes,
     },
     recipe::OutputFormat,
 };
@@ -88,7 +88,19 @@ pub(super) struct ConvertedJson<'a> {
     peak_rss_bytes: Option<u64>,
     compute: &'a str,
     gemm_ceiling_flops_per_sec: Option<f64>,
+    /// GGUF outputs: tensors that got another type than the one asked for.
+    fallbacks: &'a [Fallback],
+    /// Pruned tensors whose type stores some zeros as small values.
+    zeros_lost: Vec<ZerosLost<'a>>,
     phases: Vec<PhaseJson>,
+}
+
+/// What a block type left of the zeros of a pruned tensor.
+#[derive(Debug, Serialize)]
+struct ZerosLost<'a> {
+    tensor: &'a str,
+    zeroed: u64,
+    stored_zeros: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -99,13 +111,15 @@ struct PhaseJson {
 }
 
 impl<'a> ConvertedJson<'a> {
-    pub(super) fn new(converted: &'a Converted) -> Self {
+    pub(super) fn new(plan: &'a ConversionPlan, converted: &'a Converted) -> Self {
         Self {
             totals: &converted.manifest.totals,
             seconds: converted.secs,
             peak_rss_bytes: resident_bytes().map(|(_, peak)| peak),
             compute: &converted.manifest.device,
             gemm_ceiling_flops_per_sec: converted.gemm_ceiling,
+            fallbacks: &plan.fallbacks,
+            zeros_lost: zeros_lost(&converted.manifest),
             phases: converted
                 .times
                 .iter()
@@ -194,18 +208,32 @@ fn fallbacks(text: &mut impl Write, plan: &ConversionPlan) -> io::Result<()> {
     Ok(())
 }
 
-/// Zeros that a block type turned into small values.
+/// The tensors with zeros that a block type turned into small values.
+fn zeros_lost(manifest: &Manifest) -> Vec<ZerosLost<'_>> {
+    let lost = |tensor: &'_ TensorRecord| {
+        let report = tensor.report.as_ref()?;
+        let stored_zeros = report.stored_zeros.filter(|left| *left < report.zeroed)?;
+        Some((report.zeroed, stored_zeros))
+    };
+    let tensors = manifest.tensors.iter();
+    tensors
+        .filter_map(|tensor| {
+            let (zeroed, stored_zeros) = lost(tensor)?;
+            Some(ZerosLost { tensor: &tensor.name, zeroed, stored_zeros })
+        })
+        .collect()
+}
+
+/// The sum of [`zeros_lost`].
 fn zero_loss(text: &mut impl Write, manifest: &Manifest) -> io::Result<()> {
-    let mut sums = (0, 0, 0);
-    for report in manifest.tensors.iter().filter_map(|tensor| tensor.report.as_ref()) {
-        let Some(left) = report.stored_zeros.filter(|left| *left < report.zeroed) else { continue };
-        sums = (sums.0 + 1, sums.1 + report.zeroed, sums.2 + left);
-    }
-    let (layers, zeroed, left) = sums;
-    if layers > 0 {
+    let lost = zeros_lost(manifest);
+    let zeroed: u64 = lost.iter().map(|tensor| tensor.zeroed).sum();
+    let left: u64 = lost.iter().map(|tensor| tensor.stored_zeros).sum();
+    if !lost.is_empty() {
         writeln!(
             text,
-            "  zeros lost      {layers} layers: of {} zeros {} are stored as zero ({:.2}%)",
+            "  zeros lost      {} layers: of {} zeros {} are stored as zero ({:.2}%)",
+            lost.len(),
             count(zeroed),
             count(left),
             ratio(left, zeroed)

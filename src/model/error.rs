@@ -199,7 +199,9 @@ pub enum ModelError {
         key: &'static str,
     },
     /// There is no tokenizer beside the checkpoint.
-    #[error("{path}: not found; expected the tokenizer of the model as tokenizer.json")]
+    #[error(
+        "{path}: not found; expected the tokenizer of the model as tokenizer.json or tokenizer.model"
+    )]
     NoTokenizer {
         /// Where it should be.
         path: PathBuf,

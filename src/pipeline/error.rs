@@ -83,7 +83,7 @@ pub enum PipelineError {
         "{path}: is GGUF, not a packed output; convert it with --format safetensors --dtype f32 for the decoded values"
     )]
     NotPacked {
-        /// The directory.
+        /// The file or directory.
         path: PathBuf,
     },
     /// Too many calibration tokens have non-finite activations.

@@ -31,8 +31,15 @@ const LEFT_BEHIND: [&str; 2] = [super::MANIFEST, "model.safetensors.index.json"]
 /// # Errors
 /// `packed` is not a packed directory; `out` exists; a tensor does not decode; I/O.
 pub fn unpack(packed: &Path, out: &Path) -> Result<u64> {
-    // Only outputs of ours have a manifest; it is not needed to decode.
-    Manifest::read(packed)?;
+    // Only outputs of ours have a manifest; it is not needed to decode. GGUF files say more of
+    // themselves than that they have none.
+    if let Err(error) = Manifest::read(packed) {
+        return Err(if is_gguf(packed) {
+            PipelineError::NotPacked { path: packed.to_owned() }
+        } else {
+            error
+        });
+    }
     if packed.join(container::FILE_NAME).is_file() {
         return restore(packed, out);
     }
@@ -69,6 +76,11 @@ pub fn unpack(packed: &Path, out: &Path) -> Result<u64> {
         return Err(error);
     }
     Ok(bytes)
+}
+
+fn is_gguf(path: &Path) -> bool {
+    let reader = sparsepack_formats::open(path);
+    reader.is_ok_and(|reader| matches!(reader.metadata(), ModelMetadata::Gguf(_)))
 }
 
 fn write_all(reader: &dyn CheckpointReader, out: &Path, layout: ShardLayout) -> Result<()> {

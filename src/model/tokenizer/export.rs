@@ -1,7 +1,7 @@
 //! A Hugging Face tokenizer as the keys of a GGUF file.
 //!
-//! Byte-level BPE only. Token types are those of llama.cpp's converter: added tokens are control
-//! tokens when they are special and user-defined otherwise, ids without a token are unused.
+//! Byte-level BPE and SentencePiece BPE. Token types are those of llama.cpp's converter: added tokens
+//! are control tokens when they are special and user-defined otherwise, ids without a token are unused.
 
 use std::path::Path;
 
@@ -10,17 +10,15 @@ use sparsepack_formats::gguf::{GgufArray, GgufMetadata, GgufStrings, GgufValue};
 
 use super::super::config::ModelConfig;
 use super::super::error::{ModelError, Result};
-use super::{CONTROL, USER_DEFINED, pre, pre::Pre};
-
-/// `tokenizer.ggml.token_type`: an ordinary token.
-const NORMAL: i32 = 1;
-/// `tokenizer.ggml.token_type`: an id that no text has.
-const UNUSED: i32 = 5;
+use super::{
+    CONTROL, NORMAL, UNUSED, USER_DEFINED, merge_pairs, pre, pre::Pre, read, read_json, spm,
+};
 
 /// The files of a tokenizer, as JSON.
 struct Files<'a> {
+    /// The file that errors name.
     path: &'a Path,
-    /// `tokenizer.json`.
+    /// `tokenizer.json`, `null` where there is none.
     tokenizer: Value,
     /// `tokenizer_config.json`, `null` where there is none.
     settings: Value,
@@ -31,52 +29,51 @@ struct Files<'a> {
 /// Adds the tokenizer in `directory` to `metadata`.
 ///
 /// # Errors
-/// [`ModelError::NoTokenizer`]; a tokenizer that is not byte-level BPE or splits text in a way that
-/// llama.cpp has no name for, or tokens beyond the vocabulary of the model.
+/// [`ModelError::NoTokenizer`]; a tokenizer that is neither byte-level BPE nor SentencePiece BPE or
+/// treats text in a way that llama.cpp has no name for, or tokens beyond the vocabulary of the model.
 pub(crate) fn put_tokenizer(
     directory: &Path,
     config: &ModelConfig,
     metadata: &mut GgufMetadata,
 ) -> Result<()> {
     let path = directory.join("tokenizer.json");
-    let Some(tokenizer) = read_json(&path)? else {
-        return Err(ModelError::NoTokenizer { path });
-    };
+    let tokenizer = read_json(&path)?;
     let settings = read_json(&directory.join("tokenizer_config.json"))?.unwrap_or_default();
     let template = read(&directory.join("chat_template.jinja"))?;
-    let files = Files { path: &path, tokenizer, settings, template };
-    files.check_model()?;
-    let pre = Pre::recognize(&files.tokenizer).ok_or_else(|| {
-        files.defect(
-            "llama.cpp has no name for the way it normalizes and splits text (pre_tokenizer, \
-             normalizer and ignore_merges together); known are those of SmolLM, GPT-2, Llama 3, \
-             Qwen2 and llama.cpp's default"
-                .to_owned(),
-        )
-    })?;
-    let (tokens, types) = files.tokens(config.vocab_size)?;
-    let mut text = |key: &str, value: &str| {
-        metadata.set(key, GgufValue::String(value.to_owned()));
+    let pieces = match &tokenizer {
+        Some(tokenizer) if !spm::is_sentencepiece(tokenizer) => None,
+        other => spm::of_directory(directory, other.as_ref(), &settings)?,
     };
-    text("tokenizer.ggml.model", "gpt2");
-    text(pre::KEY, pre.name());
-    let merges = files.merges()?;
-    let special = files.special_ids(config, &tokens);
-    let strings = |values: &[String]| {
-        GgufValue::Array(GgufArray::String(values.iter().collect::<GgufStrings>()))
-    };
-    metadata.set("tokenizer.ggml.tokens", strings(&tokens));
-    metadata.set("tokenizer.ggml.token_type", GgufValue::Array(GgufArray::I32(types)));
-    metadata.set("tokenizer.ggml.merges", strings(&merges));
-    for (name, id) in special {
-        metadata.set(&format!("tokenizer.ggml.{name}_token_id"), GgufValue::U32(id));
+    if tokenizer.is_none() && pieces.is_none() {
+        return Err(ModelError::NoTokenizer { path });
     }
-    let (adds_bos, adds_eos) = files.adds();
+    let path = if tokenizer.is_some() { path } else { directory.join(spm::MODEL_FILE) };
+    let tokenizer = tokenizer.unwrap_or_default();
+    let files = Files { path: &path, tokenizer, settings, template };
+    match pieces {
+        Some(pieces) => files.put_sentencepiece(pieces, config, metadata)?,
+        None => files.put_byte_level(config, metadata)?,
+    }
+    files.put_templates(metadata)
+}
+
+/// Sets the ids of special tokens, and whether a text gets a first and a last one.
+fn put_special(
+    ids: &[(&str, u32)],
+    (adds_bos, adds_eos): (bool, bool),
+    metadata: &mut GgufMetadata,
+) {
+    for (name, id) in ids {
+        metadata.set(&format!("tokenizer.ggml.{name}_token_id"), GgufValue::U32(*id));
+    }
     metadata.set("tokenizer.ggml.add_bos_token", GgufValue::Bool(adds_bos));
     if adds_eos {
         metadata.set("tokenizer.ggml.add_eos_token", GgufValue::Bool(true));
     }
-    files.put_templates(metadata)
+}
+
+fn strings(values: &[String]) -> GgufValue {
+    GgufValue::Array(GgufArray::String(values.iter().collect::<GgufStrings>()))
 }
 
 impl Files<'_> {
@@ -84,12 +81,55 @@ impl Files<'_> {
         ModelError::Tokenizer { path: self.path.to_owned(), reason }
     }
 
+    fn put_sentencepiece(
+        &self,
+        mut pieces: spm::Pieces,
+        config: &ModelConfig,
+        metadata: &mut GgufMetadata,
+    ) -> Result<()> {
+        pieces.put(self.path, config.vocab_size, metadata)?;
+        let mut special = self.special_ids(config, &pieces.tokens);
+        for (name, id) in spm::ID_NAMES.into_iter().zip(pieces.ids) {
+            // The model's own ids where neither configuration nor settings have one.
+            let id = id.filter(|id| (*id as usize) < pieces.tokens.len());
+            if let Some(id) = id.filter(|_| special.iter().all(|(known, _)| *known != name)) {
+                special.push((name, id));
+            }
+        }
+        // Without a tokenizer.json there is no template; SentencePiece models start with a token.
+        put_special(&special, self.adds(self.tokenizer.is_null()), metadata);
+        Ok(())
+    }
+
+    fn put_byte_level(&self, config: &ModelConfig, metadata: &mut GgufMetadata) -> Result<()> {
+        self.check_model()?;
+        let pre = Pre::recognize(&self.tokenizer).ok_or_else(|| {
+            self.defect(
+                "llama.cpp has no name for the way it normalizes and splits text (pre_tokenizer, \
+                 normalizer and ignore_merges together); known are those of SmolLM, GPT-2, \
+                 Llama 3, Qwen2 and llama.cpp's default"
+                    .to_owned(),
+            )
+        })?;
+        let (tokens, types) = self.tokens(config.vocab_size)?;
+        let merges = merge_pairs(self.path, &self.tokenizer)?;
+        let merges: Vec<String> =
+            merges.into_iter().map(|(left, right)| format!("{left} {right}")).collect();
+        metadata.set("tokenizer.ggml.model", GgufValue::String("gpt2".to_owned()));
+        metadata.set(pre::KEY, GgufValue::String(pre.name().to_owned()));
+        metadata.set("tokenizer.ggml.tokens", strings(&tokens));
+        metadata.set("tokenizer.ggml.token_type", GgufValue::Array(GgufArray::I32(types)));
+        metadata.set("tokenizer.ggml.merges", strings(&merges));
+        put_special(&self.special_ids(config, &tokens), self.adds(false), metadata);
+        Ok(())
+    }
+
     /// Refuses what is not byte-level BPE.
     fn check_model(&self) -> Result<()> {
         let model = &self.tokenizer["model"];
         let kind = model["type"].as_str().unwrap_or("unnamed");
         let refuse = |what: String| {
-            Err(self.defect(format!("{what}; GGUF output is for byte-level BPE tokenizers")))
+            Err(self.defect(format!("{what}; GGUF output is for byte-level and SentencePiece BPE")))
         };
         if kind != "BPE" {
             return refuse(format!("a model of type {kind}"));
@@ -98,10 +138,6 @@ impl Files<'_> {
             if model[key].as_str().is_some_and(|text| !text.is_empty()) {
                 return refuse(format!("`{key}` is {}", model[key]));
             }
-        }
-        // SentencePiece's BPE spells bytes as tokens of their own.
-        if model.pointer("/vocab/<0x0A>").is_some() {
-            return refuse("a SentencePiece vocabulary (token `<0x0A>`)".to_owned());
         }
         Ok(())
     }
@@ -144,30 +180,6 @@ impl Files<'_> {
         self.tokenizer["added_tokens"].as_array().into_iter().flatten()
     }
 
-    /// The merges as `left right`. They come as that text, or as pairs.
-    fn merges(&self) -> Result<Vec<String>> {
-        let merges = self.tokenizer.pointer("/model/merges").and_then(Value::as_array);
-        let merges = merges.ok_or_else(|| self.defect("no merges".to_owned()))?;
-        let text = |merge: &Value| match merge {
-            Value::String(text) => Some(text.clone()),
-            Value::Array(pair) => match pair.as_slice() {
-                [Value::String(left), Value::String(right)] => {
-                    Some(format!("{left} {right}")).filter(|text| text.matches(' ').count() == 1)
-                }
-                _ => None,
-            },
-            _ => None,
-        };
-        merges
-            .iter()
-            .map(|merge| {
-                text(merge).ok_or_else(|| {
-                    self.defect(format!("merge {merge} (expected two parts without spaces)"))
-                })
-            })
-            .collect()
-    }
-
     /// Ids of the special tokens by llama.cpp's names. What the configuration of the model says of
     /// start and end goes before the tokenizer's own settings; of several ends, the tokenizer
     /// chooses.
@@ -190,8 +202,9 @@ impl Files<'_> {
     }
 
     /// Whether a text gets a token before it and one after it: what the template of the
-    /// post-processor does, unless `tokenizer_config.json` says otherwise.
-    fn adds(&self) -> (bool, bool) {
+    /// post-processor does, unless `tokenizer_config.json` says otherwise. `first` is what a text gets
+    /// where neither says anything.
+    fn adds(&self, first: bool) -> (bool, bool) {
         let processor = &self.tokenizer["post_processor"];
         let inner = processor["processors"].as_array();
         let all = inner.map_or(std::slice::from_ref(processor), Vec::as_slice);
@@ -203,7 +216,7 @@ impl Files<'_> {
         };
         let setting = |key: &str, found: bool| self.settings[key].as_bool().unwrap_or(found);
         (
-            setting("add_bos_token", special(pieces.first())),
+            setting("add_bos_token", first || special(pieces.first())),
             setting("add_eos_token", special(pieces.last())),
         )
     }
@@ -243,19 +256,4 @@ impl Files<'_> {
         }
         Ok(())
     }
-}
-
-fn read(path: &Path) -> Result<Option<String>> {
-    match std::fs::read_to_string(path) {
-        Ok(text) => Ok(Some(text)),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(ModelError::Io { path: path.to_owned(), action: "read", source }),
-    }
-}
-
-fn read_json(path: &Path) -> Result<Option<Value>> {
-    let Some(text) = read(path)? else { return Ok(None) };
-    serde_json::from_str(&text)
-        .map(Some)
-        .map_err(|error| ModelError::Tokenizer { path: path.to_owned(), reason: error.to_string() })
 }

@@ -1,19 +1,16 @@
-//! A byte-level BPE tokenizer from the keys of a GGUF file, and the files that transformers needs
-//! for it.
+//! The tokenizer of a GGUF file from its keys, and the files that transformers needs for it.
 
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
 use sparsepack_formats::gguf::{GgufMetadata, GgufValue};
-use tokenizers::AddedToken;
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::processors::template::TemplateProcessing;
 
 use super::pre::Pre;
-use super::{
-    CONTROL, ModelError, ModelSource, Result, Sidecar, SidecarContent, USER_DEFINED, defect,
-};
+use super::spm::{self, Pieces};
+use super::{ModelError, ModelSource, Result, Sidecar, SidecarContent, add_tokens, defect};
 
 /// Builds the tokenizer of a GGUF file.
 ///
@@ -21,14 +18,35 @@ use super::{
 /// A kind of tokenizer that is not supported, by name; missing keys; merges that name unknown
 /// tokens.
 pub(super) fn build(path: &Path, metadata: &GgufMetadata) -> Result<tokenizers::Tokenizer> {
-    let model = metadata.str("tokenizer.ggml.model")?;
-    if model != "gpt2" {
-        return Err(ModelError::UnsupportedValue {
-            key: "tokenizer.ggml.model".to_owned(),
-            found: model.to_owned(),
-            supported: "gpt2".to_owned(),
-        });
+    let mut tokenizer = match metadata.str("tokenizer.ggml.model")? {
+        "gpt2" => byte_level(path, metadata)?,
+        spm::MODEL => Pieces::of_gguf(metadata)?.tokenizer(path)?,
+        other => {
+            return Err(ModelError::UnsupportedValue {
+                key: "tokenizer.ggml.model".to_owned(),
+                found: other.to_owned(),
+                supported: "gpt2, llama".to_owned(),
+            });
+        }
+    };
+    if let Some((id, bos)) = special(metadata, "bos").filter(|_| adds_bos(metadata)) {
+        let template = TemplateProcessing::builder()
+            .try_single(format!("{bos} $A"))
+            .and_then(|builder| builder.try_pair(format!("{bos} $A {bos}:1 $B:1")))
+            .map_err(|reason| ModelError::Tokenizer { path: path.to_owned(), reason })?
+            .special_tokens(vec![(bos.to_owned(), id)])
+            .build()
+            .map_err(|reason| ModelError::Tokenizer {
+                path: path.to_owned(),
+                reason: reason.to_string(),
+            })?;
+        tokenizer.with_post_processor(Some(template));
     }
+    Ok(tokenizer)
+}
+
+/// Byte-level BPE.
+fn byte_level(path: &Path, metadata: &GgufMetadata) -> Result<tokenizers::Tokenizer> {
     let pre = Pre::of(metadata)?;
     let tokens = metadata.strings("tokenizer.ggml.tokens")?;
     let types = metadata.i32s("tokenizer.ggml.token_type")?;
@@ -44,35 +62,9 @@ pub(super) fn build(path: &Path, metadata: &GgufMetadata) -> Result<tokenizers::
     let mut tokenizer = tokenizers::Tokenizer::new(bpe);
     tokenizer.with_pre_tokenizer(Some(pre.pre_tokenizer().map_err(failed)?));
     tokenizer.with_decoder(Some(ByteLevel::new(false, true, true)));
-    let added = |kind: i32| {
-        let special = kind == CONTROL;
-        tokens
-            .iter()
-            .zip(types)
-            .filter(move |(_, found)| **found == kind)
-            .map(move |(token, _)| AddedToken::from(token, special).normalized(false))
-            .collect::<Vec<_>>()
-    };
-    tokenizer.add_special_tokens(added(CONTROL)).map_err(failed)?;
-    tokenizer.add_tokens(added(USER_DEFINED)).map_err(failed)?;
-    match special(metadata, "bos").filter(|_| adds_bos(metadata, pre)) {
-        Some((id, bos)) => {
-            let template = TemplateProcessing::builder()
-                .try_single(format!("{bos} $A"))
-                .and_then(|builder| builder.try_pair(format!("{bos} $A {bos}:1 $B:1")))
-                .map_err(|reason| ModelError::Tokenizer { path: path.to_owned(), reason })?
-                .special_tokens(vec![(bos.to_owned(), id)])
-                .build()
-                .map_err(|reason| ModelError::Tokenizer {
-                    path: path.to_owned(),
-                    reason: reason.to_string(),
-                })?;
-            tokenizer.with_post_processor(Some(template));
-        }
-        None => {
-            tokenizer.with_post_processor(Some(ByteLevel::new(false, false, true)));
-        }
-    }
+    let tokens: Vec<&str> = tokens.iter().collect();
+    add_tokens(&mut tokenizer, tokens.iter().copied(), types).map_err(failed)?;
+    tokenizer.with_post_processor(Some(ByteLevel::new(false, false, true)));
     Ok(tokenizer)
 }
 
@@ -89,8 +81,8 @@ pub(super) fn sidecars(source: &ModelSource, metadata: &GgufMetadata) -> Result<
             generation.insert(format!("{name}_token_id"), json!(id));
         }
     }
-    config.insert("add_bos_token".to_owned(), json!(adds_bos(metadata, Pre::of(metadata)?)));
-    config.insert("add_prefix_space".to_owned(), json!(false));
+    config.insert("add_bos_token".to_owned(), json!(adds_bos(metadata)));
+    config.insert("add_prefix_space".to_owned(), json!(prefixes_space(metadata)));
     config.insert("clean_up_tokenization_spaces".to_owned(), json!(false));
     let positions = source.config().max_position_embeddings;
     config.insert("model_max_length".to_owned(), json!(positions));
@@ -106,17 +98,34 @@ pub(super) fn sidecars(source: &ModelSource, metadata: &GgufMetadata) -> Result<
     ])
 }
 
-/// Id and text of the token that `tokenizer.ggml.{name}_token_id` names.
+/// Id and text of the token that `tokenizer.ggml.{name}_token_id` names. In a SentencePiece vocabulary
+/// llama.cpp knows three of them without a key.
 fn special<'a>(metadata: &'a GgufMetadata, name: &str) -> Option<(u32, &'a str)> {
-    let id = metadata.get(&format!("tokenizer.ggml.{name}_token_id"))?.as_u64()?;
+    let known = ["unknown", "bos", "eos"].iter().position(|known| *known == name);
+    let id = match metadata.get(&format!("tokenizer.ggml.{name}_token_id")) {
+        Some(id) => id.as_u64()?,
+        None => known.filter(|_| is_sentencepiece(metadata))? as u64,
+    };
     let tokens = metadata.strings("tokenizer.ggml.tokens").ok()?;
     Some((id.try_into().ok()?, tokens.get(id.try_into().ok()?)?))
 }
 
-/// Whether prompts start with the first token; llama.cpp's default depends on the split.
-fn adds_bos(metadata: &GgufMetadata, pre: Pre) -> bool {
+fn is_sentencepiece(metadata: &GgufMetadata) -> bool {
+    metadata.str("tokenizer.ggml.model").is_ok_and(|model| model == spm::MODEL)
+}
+
+/// Whether prompts start with the first token; llama.cpp's default depends on vocabulary and split.
+fn adds_bos(metadata: &GgufMetadata) -> bool {
     let key = metadata.get("tokenizer.ggml.add_bos_token").and_then(GgufValue::as_bool);
-    key.unwrap_or(pre == Pre::Llama3)
+    let default =
+        || is_sentencepiece(metadata) || Pre::of(metadata).is_ok_and(|pre| pre == Pre::Llama3);
+    key.unwrap_or_else(default)
+}
+
+/// Whether a text gets a space before it.
+fn prefixes_space(metadata: &GgufMetadata) -> bool {
+    let key = metadata.get("tokenizer.ggml.add_space_prefix").and_then(GgufValue::as_bool);
+    is_sentencepiece(metadata) && key.unwrap_or(true)
 }
 
 /// The two parts of a merge. A part may start with a space, not hold one further on.

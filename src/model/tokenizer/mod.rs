@@ -1,5 +1,5 @@
 //! Text to token ids, without special tokens: the same ids whether the vocabulary comes from a
-//! `tokenizer.json` or from a GGUF file.
+//! `tokenizer.json`, from SentencePiece's `tokenizer.model` or from a GGUF file.
 //!
 //! Text that looks like a special token is text. llama.cpp's ids for a GGUF file (with
 //! `parse_special` off) are the reference.
@@ -7,20 +7,27 @@
 mod export;
 mod gguf;
 mod pre;
+mod spm;
 
 use std::path::{Path, PathBuf};
 
+use serde_json::Value;
 use sparsepack_formats::ModelMetadata;
+use tokenizers::AddedToken;
 
 use super::error::{ModelError, Result};
 use super::source::ModelSource;
 
 pub(crate) use export::put_tokenizer;
 
+/// `tokenizer.ggml.token_type`: an ordinary token.
+const NORMAL: i32 = 1;
 /// `tokenizer.ggml.token_type`: a token that only special handling produces.
 const CONTROL: i32 = 3;
 /// `tokenizer.ggml.token_type`: a token that is found in any text before the merges apply.
 const USER_DEFINED: i32 = 4;
+/// `tokenizer.ggml.token_type`: an id that no text has.
+const UNUSED: i32 = 5;
 
 /// File names beside a Hugging Face checkpoint that belong to its tokenizer and generation
 /// settings; `*` stands for any text.
@@ -63,8 +70,8 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
-    /// The tokenizer of a checkpoint: `tokenizer.json` of its directory, or the vocabulary of a
-    /// GGUF file.
+    /// The tokenizer of a checkpoint: `tokenizer.json` of its directory, or `tokenizer.model` where
+    /// there is no other, or the vocabulary of a GGUF file.
     ///
     /// # Errors
     /// [`ModelError::NoTokenizer`]; a tokenizer that cannot be built, or of a kind that is not
@@ -72,7 +79,17 @@ impl Tokenizer {
     pub fn open(source: &ModelSource) -> Result<Self> {
         match source.reader().metadata() {
             ModelMetadata::HuggingFace { directory, .. } => {
-                Self::from_file(&directory.join("tokenizer.json"))
+                let path = directory.join("tokenizer.json");
+                if path.is_file() {
+                    return Self::from_file(&path);
+                }
+                let settings = read_json(&directory.join("tokenizer_config.json"))?;
+                let settings = settings.unwrap_or_default();
+                let Some(pieces) = spm::of_directory(directory, None, &settings)? else {
+                    return Err(ModelError::NoTokenizer { path });
+                };
+                let path = directory.join(spm::MODEL_FILE);
+                Ok(Self::new(&path, pieces.tokenizer(&path)?))
             }
             ModelMetadata::Gguf(metadata) => {
                 let inner = gguf::build(source.path(), metadata)?;
@@ -159,6 +176,65 @@ fn matches_pattern(name: &str, pattern: &str) -> bool {
             name.len() >= start.len() + end.len() && name.starts_with(start) && name.ends_with(end)
         }
     }
+}
+
+/// Makes control tokens special and has user-defined ones found in any text.
+fn add_tokens<'a>(
+    tokenizer: &mut tokenizers::Tokenizer,
+    tokens: impl Iterator<Item = &'a str> + Clone,
+    types: &[i32],
+) -> tokenizers::Result<()> {
+    let added = |kind: i32| {
+        let tokens = tokens.clone().zip(types).filter(move |(_, found)| **found == kind);
+        let special = kind == CONTROL;
+        tokens
+            .map(|(token, _)| AddedToken::from(token, special).normalized(false))
+            .collect::<Vec<_>>()
+    };
+    tokenizer.add_special_tokens(added(CONTROL))?;
+    tokenizer.add_tokens(added(USER_DEFINED))?;
+    Ok(())
+}
+
+/// The merges of a `tokenizer.json`, which come as `left right` or as pairs.
+fn merge_pairs<'a>(path: &Path, tokenizer: &'a Value) -> Result<Vec<(&'a str, &'a str)>> {
+    let wrong = |reason: String| ModelError::Tokenizer { path: path.to_owned(), reason };
+    let merges = tokenizer.pointer("/model/merges").and_then(Value::as_array);
+    let merges = merges.ok_or_else(|| wrong("no merges".to_owned()))?;
+    let pair = |merge: &'a Value| match merge {
+        Value::String(text) => text.split_once(' '),
+        Value::Array(pair) => match pair.as_slice() {
+            [Value::String(left), Value::String(right)] => Some((left.as_str(), right.as_str())),
+            _ => None,
+        },
+        _ => None,
+    };
+    let plain = |(left, right): &(&str, &str)| !left.contains(' ') && !right.contains(' ');
+    merges
+        .iter()
+        .map(|merge| {
+            pair(merge)
+                .filter(plain)
+                .ok_or_else(|| wrong(format!("merge {merge} (expected two parts without spaces)")))
+        })
+        .collect()
+}
+
+/// A file as text, if there is one.
+fn read(path: &Path) -> Result<Option<String>> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(ModelError::Io { path: path.to_owned(), action: "read", source }),
+    }
+}
+
+/// A file as JSON, if there is one.
+fn read_json(path: &Path) -> Result<Option<Value>> {
+    let Some(text) = read(path)? else { return Ok(None) };
+    serde_json::from_str(&text)
+        .map(Some)
+        .map_err(|error| ModelError::Tokenizer { path: path.to_owned(), reason: error.to_string() })
 }
 
 fn defect(path: &Path, error: &tokenizers::Error) -> ModelError {

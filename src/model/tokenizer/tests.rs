@@ -115,8 +115,8 @@ fn tokenizers_of_other_kinds_are_refused_by_name() {
         gguf::build(Path::new("m.gguf"), &metadata(&[(key, value)])).unwrap_err().to_string()
     };
     assert_eq!(
-        message("tokenizer.ggml.model", "llama"),
-        "configuration key `tokenizer.ggml.model` is llama, which is not supported; supported: gpt2"
+        message("tokenizer.ggml.model", "t5"),
+        "configuration key `tokenizer.ggml.model` is t5, which is not supported; supported: gpt2, llama"
     );
     let unknown = message("tokenizer.ggml.pre", "tekken");
     assert!(unknown.contains("`tokenizer.ggml.pre` is tekken"), "{unknown}");

@@ -1,0 +1,216 @@
+//! The vocabulary of a `tokenizer.json` that transformers made from a SentencePiece model.
+//!
+//! Scores are made from the ranks of the merges, the first 0 and each next token 1 less, then the
+//! tokens that no merge makes in the order of their ids: the scores that SentencePiece's trainer gives.
+
+use std::collections::{HashMap, HashSet};
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::super::super::error::Result;
+use super::{
+    BYTE, MAX_TOKENS, NORMAL, Pieces, SPACE, UNKNOWN, UNUSED, byte_token, check_length, defect,
+    is_symbol, splits,
+};
+
+/// Whether this is BPE that spells bytes as tokens of their own.
+pub(in super::super) fn is_sentencepiece(tokenizer: &Value) -> bool {
+    let model = &tokenizer["model"];
+    model["type"] == "BPE"
+        && (model["byte_fallback"] == true || model.pointer("/vocab/<0x0A>").is_some())
+}
+
+/// The vocabulary with its added tokens. `settings`, from `tokenizer_config.json`, name the unknown token
+/// where `tokenizer` does not.
+///
+/// # Errors
+/// What llama.cpp would do otherwise, by name.
+pub(super) fn pieces(path: &Path, tokenizer: &Value, settings: &Value) -> Result<Pieces> {
+    let mut pieces = Pieces {
+        tokens: Vec::new(),
+        scores: Vec::new(),
+        types: Vec::new(),
+        space_prefix: space_prefix(path, tokenizer)?,
+        ids: [None; 4],
+    };
+    let setting = &settings["unk_token"];
+    let unknown = [&tokenizer["model"]["unk_token"], setting, &setting["content"]];
+    let unknown = unknown.into_iter().find_map(Value::as_str);
+    let bytes: HashSet<String> = (0..=u8::MAX).map(byte_token).collect();
+    for (token, id) in vocab(path, tokenizer)? {
+        let id = usize::try_from(id).ok().filter(|id| *id < MAX_TOKENS);
+        let id = id
+            .ok_or_else(|| defect(path, format!("token `{token}` has no id below {MAX_TOKENS}")))?;
+        check_length(path, token)?;
+        pieces.pad(id + 1);
+        if pieces.types[id] != UNUSED {
+            let other = &pieces.tokens[id];
+            return Err(defect(path, format!("id {id} is that of `{other}` and of `{token}`")));
+        }
+        token.clone_into(&mut pieces.tokens[id]);
+        pieces.scores[id] = 0.0;
+        pieces.types[id] = match token {
+            _ if Some(token) == unknown => UNKNOWN,
+            _ if bytes.contains(token) => BYTE,
+            _ => NORMAL,
+        };
+    }
+    add(path, tokenizer, &mut pieces)?;
+    score(path, tokenizer, &mut pieces)?;
+    Ok(pieces)
+}
+
+/// Tokens and ids.
+pub(super) fn vocab<'a>(path: &Path, tokenizer: &'a Value) -> Result<Vec<(&'a str, u64)>> {
+    let vocab = tokenizer.pointer("/model/vocab").and_then(Value::as_object);
+    let vocab = vocab.ok_or_else(|| defect(path, "no vocabulary".to_owned()))?;
+    let id = |(token, id): (&'a String, &Value)| {
+        let id = id.as_u64().ok_or_else(|| defect(path, format!("token `{token}` has no id")))?;
+        Ok((token.as_str(), id))
+    };
+    vocab.iter().map(id).collect()
+}
+
+/// Puts the added tokens where their ids say.
+pub(super) fn add(path: &Path, tokenizer: &Value, pieces: &mut Pieces) -> Result<()> {
+    for added in tokenizer["added_tokens"].as_array().into_iter().flatten() {
+        let id = added["id"].as_u64().and_then(|id| usize::try_from(id).ok());
+        let (Some(id), Some(text)) = (id, added["content"].as_str()) else {
+            return Err(defect(path, format!("added token {added} has no text or no id")));
+        };
+        pieces.add(path, id, text, added["special"].as_bool().unwrap_or(false))?;
+    }
+    Ok(())
+}
+
+/// Whether a text gets a space before it; U+2581 stands for spaces in every form that is known.
+///
+/// # Errors
+/// Another way to normalize or split text, another way to merge.
+pub(super) fn space_prefix(path: &Path, tokenizer: &Value) -> Result<bool> {
+    let model = &tokenizer["model"];
+    for (key, plain) in [
+        ("byte_fallback", Value::Bool(true)),
+        ("ignore_merges", Value::Bool(false)),
+        ("dropout", Value::Null),
+        ("continuing_subword_prefix", Value::Null),
+        ("end_of_word_suffix", Value::Null),
+    ] {
+        let found = &model[key];
+        let missing = found.is_null() && plain != Value::Bool(true);
+        if !missing && *found != plain && *found != "" {
+            let reason =
+                format!("`{key}` is {found} (expected {plain}) in a SentencePiece vocabulary");
+            return Err(defect(path, reason));
+        }
+    }
+    let normalizer = normalizer(&tokenizer["normalizer"]);
+    let metaspace = metaspace(&tokenizer["pre_tokenizer"]);
+    match (normalizer, metaspace) {
+        (Some((true, prefix)), Some(None)) => Ok(prefix),
+        (Some((false, false)), Some(Some(prefix))) => Ok(prefix),
+        _ => Err(defect(
+            path,
+            "llama.cpp does not normalize and split text as this SentencePiece vocabulary says \
+             (normalizer and pre_tokenizer); known are U+2581 for spaces, with or without one before \
+             the text, and no split"
+                .to_owned(),
+        )),
+    }
+}
+
+/// Whether a normalizer replaces spaces and whether it puts one before the text, if that is all it
+/// does.
+fn normalizer(value: &Value) -> Option<(bool, bool)> {
+    let steps = match value["type"].as_str() {
+        None => &[][..],
+        Some("Sequence") => value["normalizers"].as_array()?,
+        Some(_) => std::slice::from_ref(value),
+    };
+    let prepends = |step: &Value| step["type"] == "Prepend" && is_space(&step["prepend"]);
+    let replaces = |step: &Value| {
+        step["type"] == "Replace" && step["pattern"]["String"] == " " && is_space(&step["content"])
+    };
+    match steps {
+        [] => Some((false, false)),
+        [replace] if replaces(replace) => Some((true, false)),
+        [prepend, replace] if prepends(prepend) && replaces(replace) => Some((true, true)),
+        _ => None,
+    }
+}
+
+/// Whether a pre-tokenizer puts a space before the text; `None` inside where there is none.
+fn metaspace(value: &Value) -> Option<Option<bool>> {
+    match value["type"].as_str() {
+        None => Some(None),
+        Some("Metaspace") if value["split"] == false && is_space(&value["replacement"]) => {
+            match value["prepend_scheme"].as_str()? {
+                "always" | "first" => Some(Some(true)),
+                "never" => Some(Some(false)),
+                _ => None,
+            }
+        }
+        Some(_) => None,
+    }
+}
+
+fn is_space(value: &Value) -> bool {
+    value.as_str().is_some_and(|text| text.chars().eq([SPACE]))
+}
+
+/// Sets the scores.
+fn score(path: &Path, tokenizer: &Value, pieces: &mut Pieces) -> Result<()> {
+    let merges = super::super::merge_pairs(path, tokenizer)?;
+    let ids = pieces.index(path)?;
+    let mut ranks: HashMap<usize, usize> = HashMap::new();
+    let mut last = None;
+    let mut pairs = HashSet::with_capacity(merges.len());
+    for &(left, right) in &merges {
+        let text = format!("{left}{right}");
+        let id = ids.get(text.as_str()).copied();
+        let id =
+            id.ok_or_else(|| defect(path, format!("merge `{left}` `{right}` makes no token")))?;
+        if last != Some(id) && ranks.insert(id, ranks.len()).is_some() {
+            let reason = format!(
+                "the merges that make `{text}` do not follow each other, and llama.cpp ranks tokens, \
+                 not merges"
+            );
+            return Err(defect(path, reason));
+        }
+        last = Some(id);
+        pairs.insert((left, right));
+    }
+    check_merges(path, pieces, &ids, &pairs)?;
+    let mut next = ranks.len();
+    for id in 0..pieces.tokens.len() {
+        if let Some(rank) = ranks.get(&id) {
+            pieces.scores[id] = -(*rank as f32);
+        } else if pieces.types[id] == NORMAL {
+            pieces.scores[id] = -(next as f32);
+            next += 1;
+        }
+    }
+    Ok(())
+}
+
+/// Refuses a vocabulary with two symbols that llama.cpp would merge and the tokenizer does not.
+fn check_merges(
+    path: &Path,
+    pieces: &Pieces,
+    ids: &HashMap<&str, usize>,
+    pairs: &HashSet<(&str, &str)>,
+) -> Result<()> {
+    let ordinary = |(_, kind): &(&String, &i32)| [NORMAL, BYTE].contains(kind);
+    for (token, _) in pieces.tokens.iter().zip(&pieces.types).filter(ordinary) {
+        for (left, right) in splits(token) {
+            let merged = is_symbol(left, ids) && is_symbol(right, ids);
+            if merged && !pairs.contains(&(left, right)) {
+                let reason =
+                    format!("llama.cpp would merge `{left}` and `{right}`, which no merge does");
+                return Err(defect(path, reason));
+            }
+        }
+    }
+    Ok(())
+}
