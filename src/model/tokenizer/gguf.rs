@@ -63,7 +63,7 @@ fn byte_level(path: &Path, metadata: &GgufMetadata) -> Result<tokenizers::Tokeni
     tokenizer.with_pre_tokenizer(Some(pre.pre_tokenizer().map_err(failed)?));
     tokenizer.with_decoder(Some(ByteLevel::new(false, true, true)));
     let tokens: Vec<&str> = tokens.iter().collect();
-    add_tokens(&mut tokenizer, tokens.iter().copied(), types).map_err(failed)?;
+    add_tokens(&mut tokenizer, &tokens, types).map_err(failed)?;
     tokenizer.with_post_processor(Some(ByteLevel::new(false, false, true)));
     Ok(tokenizer)
 }

@@ -179,16 +179,16 @@ fn matches_pattern(name: &str, pattern: &str) -> bool {
 }
 
 /// Makes control tokens special and has user-defined ones found in any text.
-fn add_tokens<'a>(
+fn add_tokens(
     tokenizer: &mut tokenizers::Tokenizer,
-    tokens: impl Iterator<Item = &'a str> + Clone,
+    tokens: &[&str],
     types: &[i32],
 ) -> tokenizers::Result<()> {
     let added = |kind: i32| {
-        let tokens = tokens.clone().zip(types).filter(move |(_, found)| **found == kind);
+        let tokens = tokens.iter().zip(types).filter(move |(_, found)| **found == kind);
         let special = kind == CONTROL;
         tokens
-            .map(|(token, _)| AddedToken::from(token, special).normalized(false))
+            .map(|(token, _)| AddedToken::from(*token, special).normalized(false))
             .collect::<Vec<_>>()
     };
     tokenizer.add_special_tokens(added(CONTROL))?;

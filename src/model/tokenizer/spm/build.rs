@@ -1,5 +1,6 @@
 //! A vocabulary as the tokenizer library has it.
 
+use std::cmp::Ordering;
 use std::collections::HashMap;
 use std::path::Path;
 
@@ -12,7 +13,7 @@ use tokenizers::normalizers::{Prepend, Replace, Sequence as Normalizers};
 use tokenizers::{DecoderWrapper, NormalizerWrapper};
 
 use super::super::super::error::Result;
-use super::{Pieces, SPACE, UNKNOWN, UNUSED, check_length, defect, is_symbol, splits};
+use super::{Pieces, SPACE, UNKNOWN, UNUSED, check_length, defect, is_symbol, runs_of_one, splits};
 
 impl Pieces {
     /// The tokenizer, without what goes before or after a prompt.
@@ -50,7 +51,7 @@ impl Pieces {
             steps.push(Prepend::new(space.clone()).into());
         }
         steps.push(Replace::new(" ", space.clone()).map_err(failed)?.into());
-        tokenizer.with_normalizer(Some(Normalizers::new(steps)));
+        tokenizer.with_normalizer(Some(Normalizers::new(steps))).map_err(failed)?;
         let mut steps: Vec<DecoderWrapper> = vec![
             Replace::new(space, " ").map_err(failed)?.into(),
             ByteFallback::new().into(),
@@ -60,12 +61,13 @@ impl Pieces {
             steps.push(Strip::new(' ', 1, 0).into());
         }
         tokenizer.with_decoder(Some(Decoders::new(steps)));
-        let tokens = self.tokens.iter().map(String::as_str);
-        super::super::add_tokens(&mut tokenizer, tokens, &self.types).map_err(failed)?;
+        let tokens: Vec<&str> = self.tokens.iter().map(String::as_str).collect();
+        super::super::add_tokens(&mut tokenizer, &tokens, &self.types).map_err(failed)?;
         Ok(tokenizer)
     }
 
-    /// Every pair of tokens that together are a token, by falling score of that token.
+    /// Every pair of tokens that together are a token, by falling score of that token. Runs of one
+    /// character may share a score: the longest goes first, so that a run grows from the left.
     fn merges(&self, path: &Path, ids: &HashMap<&str, usize>) -> Result<Vec<(String, String)>> {
         let mut made = Vec::new();
         for (id, token) in self.tokens.iter().enumerate() {
@@ -86,9 +88,16 @@ impl Pieces {
                 made.push((id, pairs));
             }
         }
-        made.sort_by(|(a, _), (b, _)| self.scores[*b].total_cmp(&self.scores[*a]));
-        let equal = |pair: &&[(usize, Vec<_>)]| self.scores[pair[0].0] == self.scores[pair[1].0];
-        if let Some([(a, _), (b, _)]) = made.windows(2).find(equal) {
+        made.sort_by(|(a, _), (b, _)| {
+            let length = self.tokens[*b].len().cmp(&self.tokens[*a].len());
+            self.scores[*b].partial_cmp(&self.scores[*a]).unwrap_or(Ordering::Equal).then(length)
+        });
+        let undecided = |pair: &&[(usize, Vec<_>)]| {
+            let (a, b) = (pair[0].0, pair[1].0);
+            self.scores[a].partial_cmp(&self.scores[b]) == Some(Ordering::Equal)
+                && !runs_of_one(&self.tokens[a], &self.tokens[b])
+        };
+        if let Some([(a, _), (b, _)]) = made.windows(2).find(undecided) {
             let (a, b, score) = (&self.tokens[*a], &self.tokens[*b], self.scores[*a]);
             let reason = format!(
                 "`{a}` and `{b}` both have the score {score}, and no order of merges is that of \

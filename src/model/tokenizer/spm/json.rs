@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::super::super::error::Result;
 use super::{
     BYTE, MAX_TOKENS, NORMAL, Pieces, SPACE, UNKNOWN, UNUSED, byte_token, check_length, defect,
-    is_symbol, splits,
+    is_symbol, runs_of_one, splits,
 };
 
 /// Whether this is BPE that spells bytes as tokens of their own.
@@ -105,19 +105,21 @@ pub(super) fn space_prefix(path: &Path, tokenizer: &Value) -> Result<bool> {
             return Err(defect(path, reason));
         }
     }
-    let normalizer = normalizer(&tokenizer["normalizer"]);
-    let metaspace = metaspace(&tokenizer["pre_tokenizer"]);
-    match (normalizer, metaspace) {
-        (Some((true, prefix)), Some(None)) => Ok(prefix),
-        (Some((false, false)), Some(Some(prefix))) => Ok(prefix),
-        _ => Err(defect(
+    let pre_tokenizer = &tokenizer["pre_tokenizer"];
+    let known = match normalizer(&tokenizer["normalizer"]) {
+        Some((true, prefix)) if pre_tokenizer.is_null() => Some(prefix),
+        Some((false, false)) => metaspace(pre_tokenizer),
+        _ => None,
+    };
+    known.ok_or_else(|| {
+        defect(
             path,
             "llama.cpp does not normalize and split text as this SentencePiece vocabulary says \
              (normalizer and pre_tokenizer); known are U+2581 for spaces, with or without one before \
              the text, and no split"
                 .to_owned(),
-        )),
-    }
+        )
+    })
 }
 
 /// Whether a normalizer replaces spaces and whether it puts one before the text, if that is all it
@@ -140,18 +142,13 @@ fn normalizer(value: &Value) -> Option<(bool, bool)> {
     }
 }
 
-/// Whether a pre-tokenizer puts a space before the text; `None` inside where there is none.
-fn metaspace(value: &Value) -> Option<Option<bool>> {
-    match value["type"].as_str() {
-        None => Some(None),
-        Some("Metaspace") if value["split"] == false && is_space(&value["replacement"]) => {
-            match value["prepend_scheme"].as_str()? {
-                "always" | "first" => Some(Some(true)),
-                "never" => Some(Some(false)),
-                _ => None,
-            }
-        }
-        Some(_) => None,
+/// Whether a pre-tokenizer puts a space before the text, if all else it does is to replace spaces.
+fn metaspace(value: &Value) -> Option<bool> {
+    let metaspace = value["type"] == "Metaspace" && is_space(&value["replacement"]);
+    match value["prepend_scheme"].as_str().filter(|_| metaspace && value["split"] == false)? {
+        "always" | "first" => Some(true),
+        "never" => Some(false),
+        _ => None,
     }
 }
 
@@ -163,35 +160,88 @@ fn is_space(value: &Value) -> bool {
 fn score(path: &Path, tokenizer: &Value, pieces: &mut Pieces) -> Result<()> {
     let merges = super::super::merge_pairs(path, tokenizer)?;
     let ids = pieces.index(path)?;
-    let mut ranks: HashMap<usize, usize> = HashMap::new();
-    let mut last = None;
+    let mut order = Order::default();
     let mut pairs = HashSet::with_capacity(merges.len());
     for &(left, right) in &merges {
         let text = format!("{left}{right}");
         let id = ids.get(text.as_str()).copied();
         let id =
             id.ok_or_else(|| defect(path, format!("merge `{left}` `{right}` makes no token")))?;
-        if last != Some(id) && ranks.insert(id, ranks.len()).is_some() {
+        if !order.add(id, left.len(), |a, b| runs_of_one(&pieces.tokens[a], &pieces.tokens[b])) {
             let reason = format!(
                 "the merges that make `{text}` do not follow each other, and llama.cpp ranks tokens, \
                  not merges"
             );
             return Err(defect(path, reason));
         }
-        last = Some(id);
         pairs.insert((left, right));
     }
     check_merges(path, pieces, &ids, &pairs)?;
-    let mut next = ranks.len();
+    let mut next = order.shares.len();
+    let scores = order.scores();
     for id in 0..pieces.tokens.len() {
-        if let Some(rank) = ranks.get(&id) {
-            pieces.scores[id] = -(*rank as f32);
+        if let Some(&rank) = order.ranks.get(&id) {
+            pieces.scores[id] = scores[rank];
         } else if pieces.types[id] == NORMAL {
             pieces.scores[id] = -(next as f32);
             next += 1;
         }
     }
     Ok(())
+}
+
+/// The order in which the merges make tokens.
+///
+/// The merges of a token must follow each other. Runs of one character may be mixed, as transformers
+/// mixes tokens of one score: these get one score again.
+#[derive(Default)]
+struct Order {
+    /// Place of each token by its id.
+    ranks: HashMap<usize, usize>,
+    /// Whether the token of a place has the score of the one before it.
+    shares: Vec<bool>,
+    /// Token of the last merge and bytes of its left part.
+    last: Option<(usize, usize)>,
+    /// Place from which every token is a run of the character of the last one.
+    streak: usize,
+    /// Whether left parts only became shorter since then, so that runs grow from the left.
+    falling: bool,
+}
+
+impl Order {
+    /// Takes the next merge, which makes `id`; `false` if its place is elsewhere.
+    fn add(&mut self, id: usize, left: usize, alike: impl Fn(usize, usize) -> bool) -> bool {
+        let last = self.last.replace((id, left));
+        match last {
+            Some((before, longer)) if alike(before, id) => self.falling &= left <= longer,
+            _ => (self.streak, self.falling) = (self.shares.len(), true),
+        }
+        match self.ranks.get(&id) {
+            None => {
+                self.ranks.insert(id, self.shares.len());
+                self.shares.push(false);
+                true
+            }
+            Some(_) if last.is_some_and(|(before, _)| before == id) => true,
+            Some(&rank) => {
+                let mixed = rank >= self.streak && self.falling;
+                if mixed {
+                    self.shares[rank + 1..].fill(true);
+                }
+                mixed
+            }
+        }
+    }
+
+    /// The score of each place.
+    fn scores(&self) -> Vec<f32> {
+        let mut scores: Vec<f32> = Vec::with_capacity(self.shares.len());
+        for (rank, shares) in self.shares.iter().enumerate() {
+            let score = scores.last().copied().filter(|_| *shares).unwrap_or(-(rank as f32));
+            scores.push(score);
+        }
+        scores
+    }
 }
 
 /// Refuses a vocabulary with two symbols that llama.cpp would merge and the tokenizer does not.

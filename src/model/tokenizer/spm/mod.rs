@@ -5,7 +5,9 @@
 //! that together are the token of the highest score, the leftmost of equals. Characters that are left
 //! without a token become the tokens of their bytes. A `tokenizer.json` ranks pairs of tokens instead.
 //! Both do the same if every way to make a token is a merge, the merges of a token follow each other,
-//! and no two tokens share a score; [`Pieces`] are refused, by name, where that does not hold.
+//! and no two tokens share a score; [`Pieces`] are refused, by name, where that does not hold. Runs of
+//! one character, such as Llama 2's of spaces, may share a score: growing the longest run first is
+//! growing the leftmost.
 //!
 //! One case is left: of two overlapping ways to make one token (`ab` `a` `ba` for `aba`) llama.cpp takes
 //! the leftmost, and merges the one that ranks higher.
@@ -196,6 +198,13 @@ fn splits(token: &str) -> impl Iterator<Item = (&str, &str)> {
 /// Whether llama.cpp can come to this text by merging: a token, or a character to start from.
 fn is_symbol(text: &str, ids: &HashMap<&str, usize>) -> bool {
     ids.contains_key(text) || text.chars().nth(1).is_none()
+}
+
+/// Whether both tokens are runs of one and the same character. Llama 2 has runs of spaces that share a
+/// score.
+fn runs_of_one(a: &str, b: &str) -> bool {
+    let first = a.chars().next();
+    a.chars().chain(b.chars()).all(|char| Some(char) == first)
 }
 
 /// The spelling of a byte.

@@ -49,7 +49,6 @@ fn both_files_have_one_vocabulary() {
     assert_eq!(model.ids, [Some(0), Some(1), Some(2), None]);
     // The JSON lists the three special tokens as added ones; the model has no such list.
     for id in 0..3 {
-        assert_eq!(model.scores[id], 0.0);
         model.scores[id] = ADDED_SCORE;
     }
     let settings = json("tokenizer_config.json");
@@ -251,7 +250,95 @@ fn a_file_of_another_kind_is_named() {
     }
 }
 
+/// What llama.cpp does, read off its source: the two neighbours whose text is the token of the highest
+/// score, the leftmost of equals, until there are none.
+fn merged(pieces: &Pieces, text: &str) -> Vec<u32> {
+    if text.is_empty() {
+        return Vec::new();
+    }
+    let ids = pieces.index(Path::new("t")).unwrap();
+    let text = format!("{SPACE}{}", text.replace(' ', "\u{2581}"));
+    let mut symbols: Vec<String> = text.chars().map(String::from).collect();
+    loop {
+        let mut best: Option<(f32, usize)> = None;
+        for left in 1..symbols.len() {
+            let pair = symbols[left - 1].clone() + &symbols[left];
+            let Some(&id) = ids.get(pair.as_str()) else { continue };
+            if best.is_none_or(|(score, _)| pieces.scores[id] > score) {
+                best = Some((pieces.scores[id], left));
+            }
+        }
+        let Some((_, left)) = best else { break };
+        let right = symbols.remove(left);
+        symbols[left - 1] += &right;
+    }
+    let bytes = |symbol: &str| -> Vec<u32> {
+        symbol.bytes().map(|byte| ids[byte_token(byte).as_str()] as u32).collect()
+    };
+    symbols
+        .iter()
+        .flat_map(|symbol| {
+            ids.get(symbol.as_str()).map_or_else(|| bytes(symbol), |&id| vec![id as u32])
+        })
+        .collect()
+}
+
+/// The fixture with runs of 2 to `longest` spaces that share a score, as Llama 2 has them.
+fn with_runs(longest: usize) -> Pieces {
+    let mut pieces = of_directory(model_only().path(), None, &Value::Null).unwrap().unwrap();
+    for length in 2..=longest {
+        let run = String::from(SPACE).repeat(length);
+        if !pieces.tokens.contains(&run) {
+            pieces.tokens.push(run);
+            pieces.types.push(NORMAL);
+            pieces.scores.push(-1e9);
+        }
+    }
+    pieces
+}
+
+#[test]
+fn runs_of_spaces_may_share_a_score() {
+    // A run of two is a piece of the fixture.
+    let pieces = with_runs(16);
+    assert_eq!(pieces.tokens.len(), 614);
+    let tokenizer = tokenizer(&pieces);
+    for spaces in 0..70 {
+        let text = format!("the{}in {}", " ".repeat(spaces), "  ".repeat(spaces % 9));
+        assert_eq!(tokenizer.encode(&text).unwrap(), merged(&pieces, &text), "{spaces} spaces");
+    }
+    // transformers mixes the merges of tokens of one score: by falling length of the left part.
+    let mut written: Value =
+        serde_json::from_str(&tokenizer.inner.to_string(false).unwrap()).unwrap();
+    let run = |length: usize| String::from(SPACE).repeat(length);
+    let merges = written["model"]["merges"].as_array_mut().unwrap();
+    let runs = merges.iter().position(|merge| merge == &json!([run(15), run(1)])).unwrap();
+    merges.truncate(runs);
+    for left in (1..16).rev() {
+        let rights = (1..=16 - left).rev().filter(|right| left + right > 2);
+        merges.extend(rights.map(|right| json!([run(left), run(right)])));
+    }
+    let again = json::pieces(Path::new("t"), &written, &Value::Null).unwrap();
+    let shared: Vec<f32> = again.scores[600..].to_vec();
+    assert!(shared[0] < -200.0 && shared.iter().all(|score| score.total_cmp(&shared[0]).is_eq()));
+    let tokenizer = self::tokenizer(&again);
+    let text = format!("a{}b{}", " ".repeat(37), " ".repeat(11));
+    assert_eq!(tokenizer.encode(&text).unwrap(), merged(&pieces, &text));
+    // Growing short runs first is something else.
+    let merges = written["model"]["merges"].as_array_mut().unwrap();
+    let last = merges.len() - 1;
+    merges.swap(last, runs + 1);
+    let error = json::pieces(Path::new("t"), &written, &Value::Null).unwrap_err().to_string();
+    assert!(error.contains("do not follow each other"), "{error}");
+}
+
 proptest! {
+    #[test]
+    fn any_text_is_merged_as_llama_cpp_does(text in "([a-e]| |  |\u{2581}|the|ing?|[0-9]|\n|\u{e9}|\u{1f600}|<s>|<0x41>){0,60}") {
+        let pieces = with_runs(6);
+        prop_assert_eq!(tokenizer(&pieces).encode(&text).unwrap(), merged(&pieces, &text));
+    }
+
     /// Damage is an error or a vocabulary, never a panic.
     #[test]
     fn damaged_models_do_not_panic(at in 0usize..8000, with in any::<[u8; 3]>(), cut in 0usize..8600) {
