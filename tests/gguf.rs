@@ -540,8 +540,7 @@ fn lost_zeros_are_recorded_when_they_are_allowed() {
         let zeros = values.iter().filter(|value| **value == 0.0).count() as u64;
         assert_eq!(report.stored_zeros, Some(zeros), "{}", tensor.name);
         assert!(zeros < report.zeroed / 2, "{}", tensor.name);
-        let record =
-            json!({"tensor": tensor.name, "zeroed": report.zeroed, "stored_zeros": zeros});
+        let record = json!({"tensor": tensor.name, "zeroed": report.zeroed, "stored_zeros": zeros});
         assert!(lost.contains(&record), "{record}");
     }
     assert_eq!((layers, lost.len()), (28, 28));
