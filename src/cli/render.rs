@@ -308,13 +308,18 @@ pub(super) fn plan(
         Some(prune) => writeln!(
             text,
             "  prune           {} layers of {} blocks, {} {}",
-            layers.len(),
-            plan.blocks.iter().filter(|block| !block.layers.is_empty()).count(),
+            layers.iter().filter(|layer| layer.prune.is_some()).count(),
+            plan.blocks
+                .iter()
+                .filter(|block| block.layers.iter().any(|layer| layer.prune.is_some()))
+                .count(),
             prune.method.name(),
             prune.sparsity
         )?,
-        None => writeln!(text, "  prune           nothing")?,
+        None if plan.recipe.quantize.is_none() => writeln!(text, "  prune           nothing")?,
+        None => {}
     }
+    quantize_line(&mut text, plan)?;
     packed_line(&mut text, plan)?;
     readers_line(&mut text, plan)?;
     let calibration = &plan.recipe.calibration;
@@ -390,9 +395,26 @@ fn packed_line(text: &mut impl Write, plan: &ConversionPlan) -> io::Result<()> {
     Ok(())
 }
 
+/// What layers are rounded to.
+fn quantize_line(text: &mut impl Write, plan: &ConversionPlan) -> io::Result<()> {
+    let mut counts = std::collections::BTreeMap::<String, usize>::new();
+    let layers = plan.blocks.iter().flat_map(|block| &block.layers);
+    for quantize in layers.filter_map(|layer| layer.quantize) {
+        let order = if quantize.act_order { " by activation" } else { "" };
+        let how = format!("{} ({}{order})", quantize.grid, quantize.method.name());
+        *counts.entry(how).or_default() += 1;
+    }
+    if counts.is_empty() {
+        return Ok(());
+    }
+    let counts: Vec<String> =
+        counts.iter().map(|(how, count)| format!("{count} x {how}")).collect();
+    writeln!(text, "  quantize        {}", counts.join(", "))
+}
+
 /// Who reads an output that is not for everyone.
 fn readers_line(text: &mut impl Write, plan: &ConversionPlan) -> io::Result<()> {
-    match plan.format.readers() {
+    match plan.readers() {
         Some(readers) => writeln!(text, "  format          {}: {readers}", plan.format.name()),
         None => Ok(()),
     }

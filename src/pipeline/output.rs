@@ -9,7 +9,7 @@ use std::{
 use sparsepack_formats::{
     CheckpointReader, CheckpointWriter, DType, Digest, Encoding, GgufWriter, MappedFile,
     ModelMetadata, OutputFile, SafetensorsWriter,
-    compressed_tensors::SparseFormat,
+    compressed_tensors::{self, SparseFormat},
     container::{self, ContainerReader, ContainerWriter},
 };
 
@@ -184,7 +184,7 @@ pub(super) fn complete(
         sparsepack: env!("CARGO_PKG_VERSION").to_owned(),
         recipe: plan.recipe.clone(),
         format: plan.format,
-        readers: plan.format.readers().map(str::to_owned),
+        readers: plan.readers().map(str::to_owned),
         architecture: source.arch().name.clone(),
         source: source_files,
         calibration: outcome.calibration.clone(),
@@ -230,7 +230,7 @@ fn output_config(
             }
         }
         object.remove("quantization_config");
-        if let Some(quantization) = legacy_quantization_config(source, plan) {
+        if let Some(quantization) = quantization_config(source, plan)? {
             object.insert("quantization_config".to_owned(), quantization);
         }
         let earlier = object.get_mut("sparsepack").and_then(|value| value.as_object_mut());
@@ -266,16 +266,19 @@ fn output_config(
     Ok(config)
 }
 
-/// What compressed-tensors has to know: the format, and which linears are not in it.
-fn legacy_quantization_config(
+/// What compressed-tensors has to know: the formats, and which linears are not in them.
+fn quantization_config(
     source: &ModelSource,
     plan: &ConversionPlan,
-) -> Option<serde_json::Value> {
-    let format = plan.outputs.iter().find_map(|output| match output.encoding {
+) -> Result<Option<serde_json::Value>> {
+    if plan.format != OutputFormat::CompressedTensors {
+        return Ok(None);
+    }
+    let sparse = plan.outputs.iter().find_map(|output| match output.encoding {
         Encoding::CtSparse24Bitmask { .. } => Some(SparseFormat::Sparse24Bitmask),
         Encoding::CtSparseBitmask { .. } => Some(SparseFormat::SparseBitmask),
         _ => None,
-    })?;
+    });
     let is_packed = |output: &OutputTensor| output.encoding.is_packed();
     let dense = plan.outputs.iter().filter(|output| output.linear.is_some() && !is_packed(output));
     let mut ignore: Vec<String> =
@@ -285,6 +288,14 @@ fn legacy_quantization_config(
     if !plan.outputs.iter().any(|output| output.name == head && is_packed(output)) {
         ignore.extend(head.strip_suffix(".weight").map(str::to_owned));
     }
+    let Some(sparse) = sparse else {
+        let quantized = plan.outputs.iter().filter(|output| output.encoding.is_quantized());
+        let modules = quantized.filter_map(|output| {
+            Some((output.name.strip_suffix(".weight")?.to_owned(), output.encoding))
+        });
+        let modules: Vec<_> = modules.collect();
+        return Ok(compressed_tensors::quantization_config(&modules, &ignore)?);
+    };
     let (mut zeros, mut all) = (0, 0);
     for output in &plan.outputs {
         let elements: u64 = output.shape.iter().map(|&n| n as u64).product();
@@ -295,7 +306,7 @@ fn legacy_quantization_config(
             _ => 0,
         };
     }
-    Some(format.to_config(&ignore, zeros as f64 / all as f64))
+    Ok(Some(sparse.to_config(&ignore, zeros as f64 / all as f64)))
 }
 
 /// The type that loaders shall compute in: the linears', or where those are 8-bit floats, which only

@@ -303,6 +303,12 @@ impl ConversionPlan {
         self.blocks.iter().rposition(|block| block.needs() > StatKind::None)
     }
 
+    /// Who reads the output, where that is not everyone.
+    pub fn readers(&self) -> Option<&'static str> {
+        let quantized = self.outputs.iter().any(|output| output.encoding.is_quantized());
+        self.format.readers(quantized)
+    }
+
     /// Files of tensors.
     pub fn file_count(&self) -> usize {
         self.shard_starts.len()

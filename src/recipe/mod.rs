@@ -252,9 +252,14 @@ impl OutputFormat {
         }
     }
 
-    /// Who reads a format that is not for everyone, in words.
-    pub fn readers(self) -> Option<&'static str> {
+    /// Who reads a format that is not for everyone, in words; `quantized` where it holds codes on a
+    /// grid.
+    pub fn readers(self, quantized: bool) -> Option<&'static str> {
         match self {
+            Self::CompressedTensors if quantized => Some(
+                "transformers with a current compressed-tensors (checked with transformers 5.17 and \
+                 compressed-tensors 0.20); sparsepack",
+            ),
             Self::Safetensors | Self::Packed => None,
             Self::Gguf => Some("llama.cpp and what else reads its files"),
             Self::Zst => Some("sparsepack; unpack gives plain files back"),
