@@ -53,7 +53,7 @@ fn every_method_and_format_equals_the_plain_output() {
                 let out = dir.join("out");
                 let plan = run(&model, &recipe(method, sparsity, *format), &out);
                 let manifest = Manifest::read(&out).unwrap();
-                assert_eq!(manifest.readers.as_deref(), format.readers());
+                assert_eq!(manifest.readers.as_deref(), format.readers(false));
                 assert_eq!(manifest.totals.bytes, plan.output_bytes);
                 for (output, record) in plan.outputs.iter().zip(&manifest.tensors) {
                     assert_eq!(output.encoding.is_packed(), output.linear.is_some());

@@ -99,18 +99,17 @@ fn sparsity_config(quantization: &Value) -> Option<&Value> {
         .filter(|sparsity| !sparsity.is_null())
 }
 
-/// Whether a `quantization_config` says that weights are quantized. One of compressed-tensors that is
-/// about sparsity only does not.
-pub fn is_quantized(quantization: &Value) -> bool {
+/// Whether a `quantization_config` says that a model is quantized in a way that readers of this crate do
+/// not look at: by another library, or its key-value cache. What compressed-tensors says of weights is
+/// read, or refused, with the tensors.
+pub fn is_foreign(quantization: &Value) -> bool {
     let absent = |key: &str| match quantization.get(key) {
         None | Some(Value::Null) => true,
         Some(value) => value.as_object().is_some_and(serde_json::Map::is_empty),
     };
-    let sparsity_only = quantization.get("quant_method").and_then(Value::as_str) == Some(METHOD)
-        && sparsity_config(quantization).is_some()
-        && absent("config_groups")
-        && absent("kv_cache_scheme");
-    !sparsity_only
+    let about_weights = sparsity_config(quantization).is_some() || !absent("config_groups");
+    let ours = quantization.get("quant_method").and_then(Value::as_str) == Some(METHOD);
+    !(ours && about_weights && absent("kv_cache_scheme"))
 }
 
 #[cfg(test)]
@@ -129,7 +128,7 @@ mod tests {
         for format in [SparseFormat::Sparse24Bitmask, SparseFormat::SparseBitmask] {
             let config = format.to_config(&["lm_head".to_owned()], 0.5);
             assert_eq!(read(&config).unwrap(), Some(format));
-            assert!(!is_quantized(&config));
+            assert!(!is_foreign(&config));
         }
     }
 
@@ -150,14 +149,16 @@ mod tests {
     }
 
     #[test]
-    fn quantization_is_told_from_sparsity() {
+    fn what_other_libraries_quantized_is_foreign() {
         let mut config = SparseFormat::SparseBitmask.to_config(&[], 0.5);
         config["config_groups"] = json!({});
-        assert!(!is_quantized(&config));
+        assert!(!is_foreign(&config));
         config["config_groups"] = json!({"group_0": {}});
-        assert!(is_quantized(&config));
-        assert!(is_quantized(&json!({"quant_method": "gptq"})));
-        assert!(is_quantized(&json!({"quant_method": "compressed-tensors"})));
+        assert!(!is_foreign(&config));
+        config["kv_cache_scheme"] = json!({"num_bits": 8});
+        assert!(is_foreign(&config));
+        assert!(is_foreign(&json!({"quant_method": "gptq"})));
+        assert!(is_foreign(&json!({"quant_method": "compressed-tensors"})));
     }
 
     #[test]

@@ -33,7 +33,7 @@ use serde_json::Value;
 use self::scheme::Schemes;
 pub(crate) use self::stored::Found;
 pub use self::{
-    config::{SparseFormat, is_quantized},
+    config::{SparseFormat, is_foreign},
     scheme::quantization_config,
 };
 use crate::{MappedFile, Result};

@@ -152,9 +152,12 @@ impl ModelConfig {
 fn refuse_unsupported(keys: &Keys<'_>) -> Result<()> {
     if keys
         .get("quantization_config")
-        .is_some_and(sparsepack_formats::compressed_tensors::is_quantized)
+        .is_some_and(sparsepack_formats::compressed_tensors::is_foreign)
     {
-        return Err(keys.unsupported("quantization_config", "weights without quantization"));
+        return Err(keys.unsupported(
+            "quantization_config",
+            "weights without quantization, or quantized by compressed-tensors",
+        ));
     }
     let types = keys.get("layer_types").and_then(Value::as_array);
     if types.is_some_and(|types| types.iter().any(|kind| kind != "full_attention")) {
