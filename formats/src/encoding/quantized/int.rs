@@ -100,42 +100,17 @@ impl<'a> Codec<'a> {
         first_row: usize,
         given: &QuantizedRows<'_>,
     ) -> Result<(usize, Vec<Vec<u8>>)> {
-        let Grid { name, matrix: MatrixShape { cols, .. }, .. } = self.grid;
         let rows = self.grid.check(first_row, given)?;
         let mut next = *state;
-        let marks = self.marks(given, rows);
-        let (mut masks, mut positions) = (vec![], vec![]);
-        match self.kept {
-            Kept::All => {}
-            Kept::Sparse24 => {
-                let (matrix, mut metadata) = (MatrixShape { rows, cols }, vec![]);
-                let encode = sparse24::encode_from;
-                encode(first_row, name, DType::U8, matrix, &marks, &mut vec![], &mut metadata)?;
-                masks = sparse24::masks(name, cols, first_row, &metadata)?;
-                positions.push(metadata);
-            }
-            Kept::Nm { n, m } => {
-                nm::Codec::new(name, nm::Pattern { n, m }, DType::U8, cols).encode(
-                    first_row,
-                    &marks,
-                    &mut vec![],
-                    &mut masks,
-                )?;
-                positions.push(masks.clone());
-            }
-            Kept::Bitmask { kept } => {
-                let codec = self.bitmask(kept);
-                let parts = codec.encode(&mut next.bitmask, first_row, &marks)?;
-                masks = parts.get(1).cloned().unwrap_or_default();
-                positions.extend(parts.into_iter().skip(1));
-            }
-        }
+        let (masks, positions) =
+            self.positions(&mut next.bitmask, first_row, rows, &self.marks(given))?;
+        let mask_bytes = mask::stride(self.grid.matrix.cols);
         let (mut codes, mut scales, mut zero_points) = (vec![], vec![], vec![]);
         for row in 0..rows {
             let Row { codes: all, scales: row_scales, zero_points: points } =
                 self.grid.row(given, row);
             let all: Vec<u8> = all.iter().map(|code| code.cast_unsigned()).collect();
-            let stored = match masks.chunks_exact(mask::stride(cols)).nth(row) {
+            let stored = match masks.chunks_exact(mask_bytes).nth(row) {
                 None => all,
                 Some(mask) => {
                     let mut stored = vec![0; mask::count(mask)];
@@ -162,16 +137,48 @@ impl<'a> Codec<'a> {
     }
 
     /// A byte for each code, zero where it is its zero point.
-    fn marks(&self, given: &QuantizedRows<'_>, rows: usize) -> Vec<u8> {
+    fn marks(&self, given: &QuantizedRows<'_>) -> Vec<u8> {
         let cols = self.grid.group_cols();
         let mut marks: Vec<u8> = given.codes.iter().map(|code| code.cast_unsigned()).collect();
-        debug_assert_eq!(marks.len(), rows * self.grid.matrix.cols);
         for (marks, point) in marks.chunks_exact_mut(cols).zip(given.zero_points) {
             for mark in marks {
                 *mark = mark.wrapping_sub(point.cast_unsigned());
             }
         }
         marks
+    }
+
+    /// Which codes of rows are stored, as mask bits (none where all are), and the components that say so.
+    fn positions(
+        &self,
+        bitmask: &mut bitmask::State,
+        first_row: usize,
+        rows: usize,
+        marks: &[u8],
+    ) -> Result<(Vec<u8>, Vec<Vec<u8>>)> {
+        let Grid { name, matrix: MatrixShape { cols, .. }, .. } = self.grid;
+        // Marks are values to these encodings; only the positions are kept.
+        let mut values = vec![];
+        match self.kept {
+            Kept::All => Ok((vec![], vec![])),
+            Kept::Sparse24 => {
+                let (matrix, mut metadata) = (MatrixShape { rows, cols }, vec![]);
+                let out = (&mut values, &mut metadata);
+                sparse24::encode_from(first_row, name, DType::U8, matrix, marks, out.0, out.1)?;
+                Ok((sparse24::masks(name, cols, first_row, &metadata)?, vec![metadata]))
+            }
+            Kept::Nm { n, m } => {
+                let mut masks = vec![];
+                let codec = nm::Codec::new(name, nm::Pattern { n, m }, DType::U8, cols);
+                codec.encode(first_row, marks, &mut values, &mut masks)?;
+                Ok((masks.clone(), vec![masks]))
+            }
+            Kept::Bitmask { kept } => {
+                let parts = self.bitmask(kept).encode(bitmask, first_row, marks)?;
+                let masks = parts.get(1).cloned().unwrap_or_default();
+                Ok((masks, parts.into_iter().skip(1).collect()))
+            }
+        }
     }
 
     /// What follows the last row: the rest of a bitmask.
