@@ -549,6 +549,46 @@ plan_errors! {
     zero_loss_without_gguf: ["--allow-zero-loss"];
     shard_size_of_zero: ["--shard-size", "0"];
     recipe_missing: ["--recipe", "fixtures/no-such-recipe.toml"];
+    scheme_malformed: ["--quantize", "int9", "--format", "packed"];
+    group_size_without_quantize: ["--group-size", "64"];
+    quantize_in_safetensors: ["--quantize", "int4", "--quantizer", "rtn"];
+    quantize_blocks_in_packed: ["--quantize", "q4_0", "--quantizer", "rtn", "--format", "packed"];
+    quantize_integers_in_gguf: ["--quantize", "int4", "--quantizer", "rtn", "--format", "gguf"];
+    quantize_without_text: ["--quantize", "int4", "--format", "packed"];
+    quantize_group_of_blocks: [
+        "--quantize", "q4_0", "--group-size", "64", "--quantizer", "rtn", "--format", "gguf"
+    ];
+    quantize_asymmetric_blocks: [
+        "--quantize", "q4_0", "--asymmetric", "--quantizer", "rtn", "--format", "gguf"
+    ];
+    quantize_act_order_to_nearest: [
+        "--quantize", "int4", "--quantizer", "rtn", "--act-order", "--format", "packed"
+    ];
+}
+
+/// Targets that the layers of a model cannot have: nothing is wrong with the arguments themselves.
+fn misfit(name: &str, args: &[&str]) {
+    expect_error(name, 1, &Dir::new(), Command::new("plan").arg("fixtures/model").args(args));
+}
+
+macro_rules! misfits {
+    ($($name:ident: $args:expr;)*) => {
+        $(#[test] fn $name() { misfit(stringify!($name), &$args); })*
+    };
+}
+
+misfits! {
+    quantize_group_size: [
+        "--quantize", "int4", "--group-size", "48", "--quantizer", "rtn", "--format", "packed"
+    ];
+    quantize_straddle: [
+        "--prune", "magnitude", "--sparsity", "4:8", "--quantize", "int4", "--group-size", "4",
+        "--quantizer", "rtn", "--format", "packed"
+    ];
+    quantize_act_order_of_groups: [
+        "--prune", "sparsegpt", "--sparsity", "2:4", "--quantize", "int4", "--act-order",
+        "--calibration", "fixtures/text/calibration.txt", "--format", "packed"
+    ];
 }
 
 macro_rules! recipe_errors {
@@ -571,6 +611,14 @@ recipe_errors! {
     recipe_rule_contradicts_itself:
         "[prune]\nmethod = 'magnitude'\nsparsity = '2:4'\n\
          [[rule]]\ntargets = ['down_proj']\ndense = true\nsparsity = '50%'\n";
+    recipe_rule_says_nothing:
+        "[prune]\nmethod = 'magnitude'\nsparsity = '2:4'\n[[rule]]\ntargets = ['down_proj']\n";
+    recipe_rule_quantizes_without_quantize:
+        "[prune]\nmethod = 'magnitude'\nsparsity = '2:4'\n\
+         [[rule]]\ntargets = ['down_proj']\nquantize = 'int8'\n";
+    recipe_quantizes_a_table:
+        "[quantize]\nscheme = 'int4'\nmethod = 'rtn'\ntargets = ['model.embed_tokens']\n\
+         [output]\nformat = 'packed'\n";
     recipe_json_is_no_manifest: "{ \"tensors\": [] }";
 }
 

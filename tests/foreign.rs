@@ -226,23 +226,32 @@ fn what_a_format_cannot_hold_is_refused_before_anything_is_written() {
 }
 
 #[test]
-fn a_quantized_source_is_refused_still() {
+fn a_source_that_another_library_quantized_is_refused() {
     let dir = Dir::new();
     let model = dir.join("model");
     copy_dir(&fixture("tiny/qwen2"), &model);
     let mut changed = config(&model);
-    changed["quantization_config"] = json!({
-        "quant_method": "compressed-tensors",
-        "config_groups": {"group_0": {"targets": ["Linear"]}},
-        "sparsity_config": {"format": "dense"},
-    });
-    fs::write(model.join("config.json"), changed.to_string()).unwrap();
-    let error = ModelSource::open(&model).map(|_| ()).unwrap_err();
-    let text = format!("{error}: {}", std::error::Error::source(&error).unwrap());
-    assert!(text.contains("quantization_config"), "{text}");
-    changed["quantization_config"]["config_groups"] = Value::Null;
-    fs::write(model.join("config.json"), changed.to_string()).unwrap();
-    ModelSource::open(&model).unwrap();
+    let mut open = |quantization: Value| {
+        changed["quantization_config"] = quantization;
+        fs::write(model.join("config.json"), changed.to_string()).unwrap();
+        ModelSource::open(&model).map(|_| ()).map_err(|error| {
+            let error: &dyn std::error::Error = &error;
+            let chain = std::iter::successors(Some(error), |error| error.source());
+            chain.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+        })
+    };
+    let error = open(json!({"quant_method": "gptq", "bits": 4})).unwrap_err();
+    assert!(error.contains("`quantization_config` is"), "{error}");
+    let text = "weights without quantization, or quantized by compressed-tensors";
+    assert!(error.contains(text), "{error}");
+    // A group that says nothing of weights.
+    let groups = json!({"group_0": {"targets": ["Linear"]}});
+    let method = "compressed-tensors";
+    let quantization = json!({"quant_method": method, "quantization_status": "compressed", "config_groups": groups});
+    let error = open(quantization).unwrap_err();
+    assert!(error.contains("config_groups.group_0"), "{error}");
+    let sparsity = json!({"format": "dense"});
+    open(json!({"quant_method": "compressed-tensors", "sparsity_config": sparsity})).unwrap();
 }
 
 #[test]

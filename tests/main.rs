@@ -14,5 +14,6 @@ mod memory;
 mod parity;
 mod pipeline;
 mod quality;
+mod quantize;
 mod resume;
 mod zst;

@@ -90,6 +90,16 @@ impl Grid {
         }
     }
 
+    /// Whether scales are chosen for the weights as pruning will leave them, not as they are when they
+    /// are chosen. The reference implementations, which only look at the range, do not.
+    pub fn foresees_pruning(self) -> bool {
+        match self {
+            Self::Int { search, .. } => search == ScaleSearch::Mse,
+            Self::Block { grid, search, .. } => search == ScaleSearch::Mse || grid.scales.is_some(),
+            Self::F8E4m3 { .. } => true,
+        }
+    }
+
     /// Whether every group holds an exact zero.
     pub fn keeps_zeros(self) -> bool {
         match self {

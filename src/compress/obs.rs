@@ -17,7 +17,8 @@
 //! §3.4), so later prunes see earlier rounding.
 //!
 //! The scales of a group are chosen when the sweep reaches it, from the weights as errors have left
-//! them. Those of whole rows, and all of them with activation order, are chosen before the first column.
+//! them and as pruning the group will leave them. Those of whole rows, and all of them with activation
+//! order, are chosen before the first column, after a sweep that only prunes, if anything is pruned.
 //!
 //! Deviations from the reference implementations:
 //! * an unstructured column block loses exactly `⌊sparsity · rows · B⌋` weights, where the
@@ -113,7 +114,14 @@ impl Obs {
         if let Some(rounding) = &mut rounding
             && (factor.order.is_some() || rounding.grid().span(cols) == cols)
         {
-            b.choose_scales(pruned.unwrap_or(&layer.weight), Some(&factor.cost), rounding)?;
+            let prunes = pruned.is_some() || layer.sparsity.is_some();
+            if prunes && rounding.grid().foresees_pruning() {
+                let mut settled = layer.to_prune(b)?;
+                self.sweep(b, &mut settled, pruned, factor)?;
+                b.choose_scales(&settled.weight, Some(&factor.cost), rounding)?;
+            } else {
+                b.choose_scales(pruned.unwrap_or(&layer.weight), Some(&factor.cost), rounding)?;
+            }
             rounding.fix_scales();
         }
         let mut permuted = None;

@@ -398,3 +398,50 @@ fn groups_that_do_not_fit_are_refused() {
         assert_eq!(error.to_string(), "layer: 3 columns do not divide into groups of 4");
     }
 }
+
+/// `tr((W − Q) H (W − Q)ᵀ)` of a case.
+fn output_error(b: &Cpu, case: &Case, weight: &[f32]) -> f64 {
+    let statistic = case.statistic(b, StatKind::Hessian);
+    let upload = |w: &[f32]| b.upload(w, case.rows, case.cols).unwrap();
+    let (dense, weight) = (upload(&case.weight), upload(weight));
+    b.quadratic_form(&dense, Some(&weight), statistic.matrix().unwrap()).unwrap()
+}
+
+#[test]
+fn pruning_and_rounding_together_beat_one_after_the_other() {
+    let b = cpu();
+    for (group, sparsity) in [GroupSize::Columns(32), GroupSize::Channel]
+        .into_iter()
+        .flat_map(|group| ["50%", "2:4", "4:8"].map(|sparsity| (group, sparsity)))
+    {
+        let options =
+            GridOptions { group_size: Some(group), symmetric: true, scales: ScaleSearch::Mse };
+        for bits in [3, 4] {
+            let grid = Scheme::Int(bits).grid(options, sparsepack_formats::DType::Bf16);
+            let (mut together, mut apart) = (0.0, 0.0);
+            for seed in 0..6 {
+                let case = Case::new(24, 128, 32, seed);
+                let solve = |weight: &[f32], sparsity: Option<&str>, grid, keep_zeros| {
+                    let layer = Layer {
+                        name: "layer".to_owned(),
+                        weight: b.upload(weight, case.rows, case.cols).unwrap(),
+                        sparsity: sparsity.map(|text| text.parse().unwrap()),
+                        grid,
+                        keep_zeros,
+                    };
+                    let mut statistic = case.statistic(&b, StatKind::Hessian);
+                    let solver = Obs::new(case.options, None);
+                    solve_one(&b, &solver, layer, &mut statistic).unwrap().0
+                };
+                let joint = solve(&case.weight, Some(sparsity), grid, false);
+                let pruned = solve(&case.weight, Some(sparsity), None, false);
+                let after = solve(&pruned, None, grid, true);
+                assert!(pruned.iter().zip(&after).all(|(a, b)| *a != 0.0 || *b == 0.0));
+                together += output_error(&b, &case, &joint);
+                apart += output_error(&b, &case, &after);
+            }
+            println!("{sparsity} int{bits} {group}: together {together:.3}, apart {apart:.3}");
+            assert!(together < 1.02 * apart, "{sparsity} int{bits}: {together} {apart}");
+        }
+    }
+}

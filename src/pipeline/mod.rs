@@ -19,6 +19,7 @@ mod progress;
 mod quantize;
 mod run;
 mod stages;
+mod stored;
 mod support;
 mod targets;
 mod unpack;

@@ -5,30 +5,26 @@ use std::{
     time::{Duration, Instant},
 };
 
-use sparsepack_formats::{
-    Digest, Encoder, Encoding, FormatError,
-    encoding::{self, MatrixShape, QuantizedRows},
-};
+use sparsepack_formats::{Digest, FormatError};
 
 use super::{
     copy::{copy_stored, is_stored_so},
     error::Result,
     journal::{Finished, Journal, RunIdentity},
-    loader::{LoadedBlock, round_to_stored},
+    loader::LoadedBlock,
     manifest::CalibrationRecord,
     packer::Packer,
-    plan::{BlockPlan, ConversionPlan, LayerPlan, OutputTensor, TablePlan},
+    plan::{BlockPlan, ConversionPlan, OutputTensor, TablePlan},
     progress::{BlockReport, Phase, PhaseTimes, Progress, resident_bytes},
     stages::StageContext,
+    stored::{Stored, encode_matrix, encode_rounded, zeros_left},
     workers::Workers,
 };
 use crate::{
-    backend::{Backend, BackendJob, Grid, HostData, HostMatrix, Rounding, Scales, SequenceLens},
+    backend::{Backend, BackendJob, HostData, HostMatrix, SequenceLens},
     calibration::{CalibrationSet, HiddenStates, HostActivations, StatKind, Statistic},
     compress::{Layer, LayerReport, SolveTimes, solver},
-    model::{
-        BlockGeometry, CapturePoint, ModelSource, embed, from_gguf_rows, hf_row, to_gguf_rows,
-    },
+    model::{BlockGeometry, CapturePoint, ModelSource, embed},
     recipe::OutputFormat,
 };
 
@@ -444,85 +440,6 @@ impl<'a, B: Backend> Run<'a, B> {
             journal: self.journal,
         })
     }
-}
-
-/// Encodes a matrix as planned and leaves in `weight` what is stored, so that the run goes on with
-/// that. Returns the bytes of its components. `weight` has its rows in Hugging Face order.
-fn encode_matrix(output: &OutputTensor, weight: &mut [f32]) -> Result<Vec<Vec<u8>>> {
-    if let Some(heads) = output.permuted_heads {
-        weight.copy_from_slice(&to_gguf_rows(weight, &output.shape, heads));
-    }
-    let dense = round_to_stored(&output.name, output.encoding.value_dtype(), weight)?;
-    let mut encoder = Encoder::new(output.encoding, &output.name, &output.shape)?;
-    let mut parts = encoder.rows(&dense)?;
-    drop(dense);
-    for (part, rest) in parts.iter_mut().zip(encoder.finish()?) {
-        part.extend(rest);
-    }
-    if output.encoding.is_lossy() {
-        let stored: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
-        output.encoding.decode_all_f32(&output.name, &output.shape, &stored, weight)?;
-    }
-    if let Some(heads) = output.permuted_heads {
-        weight.copy_from_slice(&from_gguf_rows(weight, &output.shape, heads));
-    }
-    Ok(parts)
-}
-
-/// Encodes codes and scales as they are. Returns the bytes of the components.
-fn encode_rounded(output: &OutputTensor, rounding: &Rounding) -> Result<Vec<Vec<u8>>> {
-    let reordered = output.permuted_heads.map(|heads| {
-        let rows = MatrixShape::of(&output.shape).rows;
-        rounding.reorder_rows(|row| hf_row(row, rows, heads))
-    });
-    let Rounding { codes, scales, .. } = reordered.as_ref().unwrap_or(rounding);
-    match (scales, output.encoding) {
-        (Scales::Blocks(blocks), Encoding::Ggml { ty }) => {
-            let mut bytes = Vec::new();
-            encoding::ggml::assemble(&output.name, ty, blocks, codes, &mut bytes)?;
-            Ok(vec![bytes])
-        }
-        (Scales::Groups { scales, zero_points }, encoding) => {
-            let has_points = matches!(rounding.grid(), Grid::Int { grid, .. } if !grid.symmetric);
-            let zero_points = if has_points { zero_points } else { &Vec::new() };
-            let mut encoder = Encoder::new(encoding, &output.name, &output.shape)?;
-            let rows = QuantizedRows { codes, scales, zero_points };
-            let mut parts = encoder.quantized_rows(rows)?;
-            for (part, rest) in parts.iter_mut().zip(encoder.finish()?) {
-                part.extend(rest);
-            }
-            Ok(parts)
-        }
-        (Scales::Blocks(_), encoding) => Err(FormatError::Encoding {
-            name: output.name.clone(),
-            what: format!("blocks were solved for, but the plan stores {encoding}"),
-        }
-        .into()),
-    }
-}
-
-/// What a solved layer's report says of its file.
-struct Stored {
-    layer: String,
-    zeros: Option<u64>,
-    bits_per_weight: Option<f64>,
-}
-
-impl Stored {
-    fn of(layer: &LayerPlan, output: &OutputTensor, weight: &[f32]) -> Self {
-        let weights = (layer.rows * layer.cols) as f64;
-        Self {
-            layer: layer.module.clone(),
-            zeros: layer.prune.and_then(|_| zeros_left(output, weight)),
-            bits_per_weight: (weights > 0.0).then(|| output.bytes as f64 * 8.0 / weights),
-        }
-    }
-}
-
-/// Zeros of a matrix as stored, where its encoding moves zeros.
-fn zeros_left(output: &OutputTensor, stored: &[f32]) -> Option<u64> {
-    let moves = matches!(output.encoding, Encoding::Ggml { ty } if !ty.keeps_zeros());
-    moves.then(|| stored.iter().filter(|value| **value == 0.0).count() as u64)
 }
 
 /// Tokens of a window.

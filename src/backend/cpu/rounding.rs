@@ -58,6 +58,12 @@ impl<'a> Rounder<'a> {
         }
     }
 
+    /// Whether scales are chosen for the weights as pruning will leave them.
+    #[inline(always)]
+    pub(super) fn foresees_pruning(&self) -> bool {
+        self.strip.grid.foresees_pruning()
+    }
+
     /// Chooses the scales of what starts at column `at`: of a whole span, or of a later group of a
     /// block, under the block's scales. `values` are the weights of as many columns as
     /// [`chooses`](Self::chooses) says, zero where they will be pruned; `h` is what errors cost.

@@ -197,8 +197,13 @@ vectorised! {
             if let Some(rounder) = &mut rounder
                 && let Some(count) = rounder.chooses(block.first + j)
             {
-                let expected = expected(block, groups, &mut ranking, (work, zero), j, count);
-                rounder.choose(block.first + j, &expected, &block.cost[j..][..count]);
+                let costs = &block.cost[j..][..count];
+                if rounder.foresees_pruning() {
+                    let expected = expected(block, groups, &mut ranking, (work, zero), j, count);
+                    rounder.choose(block.first + j, &expected, costs);
+                } else {
+                    rounder.choose(block.first + j, &work[..count * rows], costs);
+                }
             }
             let (column, right) = work.split_at_mut(rows);
             let err = &mut errors[j * rows..][..rows];
@@ -224,8 +229,8 @@ vectorised! {
     }
 }
 
-/// The next `count` columns as far as scales are to hold them: zero where they are pruned. Groups of an
-/// n:m rule that the sweep has not reached are ranked by the weights they have now.
+/// The next `count` columns as scales will have to hold them: pruned as the rule says, and with the
+/// errors of that moved on, which are large beside those of rounding.
 #[allow(clippy::inline_always, reason = "part of a vectorised body")]
 #[inline(always)]
 fn expected(
@@ -233,19 +238,34 @@ fn expected(
     groups: Option<(usize, usize)>,
     ranking: &mut Ranking,
     (work, zero): (&[f32], &[bool]),
-    j: usize,
+    first: usize,
     count: usize,
 ) -> Vec<f32> {
     let rows = ranking.lower.len();
+    let mut w = work[..count * rows].to_vec();
     let mut marks = zero[..count * rows].to_vec();
-    if let Some((zeros, m)) = groups {
-        for first in (m..count).step_by(m) {
-            let group = first * rows..(first + m) * rows;
-            ranking.choose(block, &work[group.clone()], j + first, zeros as u32, &mut marks[group]);
+    let mut err = vec![0.0; rows];
+    for j in 0..count {
+        if let Some((zeros, m)) = groups
+            && j > 0
+            && j % m == 0
+        {
+            let group = j * rows..(j + m) * rows;
+            ranking.choose(block, &w[group.clone()], first + j, zeros as u32, &mut marks[group]);
+        }
+        let (column, right) = w[j * rows..].split_at_mut(rows);
+        let diagonal = block.diagonal[first + j];
+        for ((err, w), zero) in err.iter_mut().zip(column).zip(&marks[j * rows..]) {
+            *err = if *zero { *w / diagonal } else { 0.0 };
+            *w = if *zero { 0.0 } else { *w };
+        }
+        for (column, u) in right.chunks_exact_mut(rows).zip(block.right_of(first + j)) {
+            for (w, err) in column.iter_mut().zip(&err) {
+                *w -= err * u;
+            }
         }
     }
-    let kept = |(w, zero): (&f32, &bool)| if *zero { 0.0 } else { *w };
-    work[..count * rows].iter().zip(&marks).map(kept).collect()
+    w
 }
 
 /// Ranks the weights of groups, for a strip of rows.

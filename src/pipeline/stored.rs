@@ -1,0 +1,246 @@
+//! From solved weights to the bytes of an output.
+
+use sparsepack_formats::{
+    Encoder, Encoding, FormatError,
+    encoding::{self, MatrixShape, QuantizedRows},
+};
+
+use super::{
+    error::Result,
+    loader::round_to_stored,
+    plan::{LayerPlan, OutputTensor},
+};
+use crate::{
+    backend::{Grid, Rounding, Scales},
+    model::{from_gguf_rows, hf_row, to_gguf_rows},
+};
+
+/// Encodes a matrix as planned and leaves in `weight` what is stored, so that the run goes on with
+/// that. Returns the bytes of its components. `weight` has its rows in Hugging Face order.
+pub(super) fn encode_matrix(output: &OutputTensor, weight: &mut [f32]) -> Result<Vec<Vec<u8>>> {
+    if let Some(heads) = output.permuted_heads {
+        weight.copy_from_slice(&to_gguf_rows(weight, &output.shape, heads));
+    }
+    let dense = round_to_stored(&output.name, output.encoding.value_dtype(), weight)?;
+    let mut encoder = Encoder::new(output.encoding, &output.name, &output.shape)?;
+    let mut parts = encoder.rows(&dense)?;
+    drop(dense);
+    for (part, rest) in parts.iter_mut().zip(encoder.finish()?) {
+        part.extend(rest);
+    }
+    if output.encoding.is_lossy() {
+        let stored: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
+        output.encoding.decode_all_f32(&output.name, &output.shape, &stored, weight)?;
+    }
+    if let Some(heads) = output.permuted_heads {
+        weight.copy_from_slice(&from_gguf_rows(weight, &output.shape, heads));
+    }
+    Ok(parts)
+}
+
+/// Encodes codes and scales as they are. Returns the bytes of the components.
+pub(super) fn encode_rounded(output: &OutputTensor, rounding: &Rounding) -> Result<Vec<Vec<u8>>> {
+    let reordered = output.permuted_heads.map(|heads| {
+        let rows = MatrixShape::of(&output.shape).rows;
+        rounding.reorder_rows(|row| hf_row(row, rows, heads))
+    });
+    let Rounding { codes, scales, .. } = reordered.as_ref().unwrap_or(rounding);
+    match (scales, output.encoding) {
+        (Scales::Blocks(blocks), Encoding::Ggml { ty }) => {
+            let mut bytes = Vec::new();
+            encoding::ggml::assemble(&output.name, ty, blocks, codes, &mut bytes)?;
+            Ok(vec![bytes])
+        }
+        (Scales::Groups { scales, zero_points }, encoding) => {
+            let has_points = matches!(rounding.grid(), Grid::Int { grid, .. } if !grid.symmetric);
+            let zero_points = if has_points { zero_points } else { &Vec::new() };
+            let mut encoder = Encoder::new(encoding, &output.name, &output.shape)?;
+            let rows = QuantizedRows { codes, scales, zero_points };
+            let mut parts = encoder.quantized_rows(rows)?;
+            for (part, rest) in parts.iter_mut().zip(encoder.finish()?) {
+                part.extend(rest);
+            }
+            Ok(parts)
+        }
+        (Scales::Blocks(_), encoding) => Err(FormatError::Encoding {
+            name: output.name.clone(),
+            what: format!("blocks were solved for, but the plan stores {encoding}"),
+        }
+        .into()),
+    }
+}
+
+/// What a solved layer's report says of its file.
+pub(super) struct Stored {
+    pub(super) layer: String,
+    pub(super) zeros: Option<u64>,
+    pub(super) bits_per_weight: Option<f64>,
+}
+
+impl Stored {
+    pub(super) fn of(layer: &LayerPlan, output: &OutputTensor, weight: &[f32]) -> Self {
+        let weights = (layer.rows * layer.cols) as f64;
+        Self {
+            layer: layer.module.clone(),
+            zeros: layer.prune.and_then(|_| zeros_left(output, weight)),
+            bits_per_weight: (weights > 0.0).then(|| output.bytes as f64 * 8.0 / weights),
+        }
+    }
+}
+
+/// Zeros of a matrix as stored, where its encoding moves zeros.
+pub(super) fn zeros_left(output: &OutputTensor, stored: &[f32]) -> Option<u64> {
+    let moves = matches!(output.encoding, Encoding::Ggml { ty } if !ty.keeps_zeros());
+    moves.then(|| stored.iter().filter(|value| **value == 0.0).count() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::{Rng, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+    use sparsepack_formats::{DType, GgmlType, encoding::Kept};
+
+    use super::*;
+    use crate::{
+        backend::{Precision, SolveOps, Storage, cpu::Cpu},
+        compress::{GridOptions, GroupSize, ScaleSearch, Scheme},
+    };
+
+    const SHAPE: [usize; 2] = [70, 512];
+
+    /// Weights of very different rows: one of zeros, one that is negative throughout, outliers.
+    fn weights() -> Vec<f32> {
+        let mut rng = ChaCha8Rng::seed_from_u64(3);
+        let mut w: Vec<f32> = (0..SHAPE[0] * SHAPE[1])
+            .map(|i| {
+                rng.random_range(-1.0f32..1.0).powi(3) * 10f32.powi((i / SHAPE[1] % 7) as i32 - 4)
+            })
+            .collect();
+        w[..SHAPE[1]].fill(0.0);
+        w[SHAPE[1]..2 * SHAPE[1]].iter_mut().for_each(|w| *w = -w.abs());
+        w[5 * SHAPE[1] + 40] = 3.0;
+        w
+    }
+
+    fn schemes() -> Vec<(Scheme, GridOptions, DType)> {
+        let mut all = Vec::new();
+        let options = |group_size, symmetric, scales| GridOptions { group_size, symmetric, scales };
+        for bits in 2..=8 {
+            for (group, symmetric) in [
+                (GroupSize::Channel, true),
+                (GroupSize::Columns(64), true),
+                (GroupSize::Columns(32), false),
+            ] {
+                for scales in [ScaleSearch::Mse, ScaleSearch::Minmax] {
+                    for dtype in [DType::Bf16, DType::F16, DType::F32] {
+                        all.push((
+                            Scheme::Int(bits),
+                            options(Some(group), symmetric, scales),
+                            dtype,
+                        ));
+                    }
+                }
+            }
+        }
+        let plain = options(None, true, ScaleSearch::Mse);
+        for ty in [
+            GgmlType::Q8_0,
+            GgmlType::Q5_0,
+            GgmlType::Q4_0,
+            GgmlType::Q6_K,
+            GgmlType::Q5_K,
+            GgmlType::Q4_K,
+            GgmlType::Q3_K,
+            GgmlType::Q2_K,
+        ] {
+            all.push((Scheme::Block(ty), plain, DType::Bf16));
+        }
+        all.push((Scheme::F8E4m3, plain, DType::Bf16));
+        all
+    }
+
+    /// Each way of storing a grid that has one.
+    fn encodings(grid: Grid) -> Vec<Encoding> {
+        match grid {
+            Grid::Int { grid, .. } if grid.bits == 8 => {
+                vec![Encoding::Int { grid, kept: Kept::All }, Encoding::CtIntQuantized { grid }]
+            }
+            Grid::Int { grid, .. } => {
+                vec![Encoding::Int { grid, kept: Kept::All }, Encoding::CtPackQuantized { grid }]
+            }
+            Grid::F8E4m3 { scale } => vec![Encoding::CtFloatQuantized { scale }],
+            Grid::Block { ty, .. } => vec![Encoding::Ggml { ty }],
+        }
+    }
+
+    fn output(encoding: Encoding, permuted_heads: Option<usize>) -> OutputTensor {
+        OutputTensor {
+            name: "m.weight".to_owned(),
+            stored_name: None,
+            encoding,
+            shape: SHAPE.to_vec(),
+            bytes: 0,
+            block: None,
+            linear: None,
+            permuted_heads,
+        }
+    }
+
+    #[test]
+    fn what_is_decoded_is_what_was_rounded() {
+        let b = Cpu::new(Precision::F32, Some(2)).unwrap();
+        let w = weights();
+        for (scheme, options, dtype) in schemes() {
+            let grid = scheme.grid(options, dtype).unwrap();
+            let mut rounding = Rounding::new(grid, SHAPE[0], SHAPE[1]);
+            let mut matrix = b.upload(&w, SHAPE[0], SHAPE[1]).unwrap();
+            b.choose_scales(&matrix, None, &mut rounding).unwrap();
+            b.round(&mut matrix, &mut rounding).unwrap();
+            let rounded = b.download(&matrix).unwrap();
+            let heads = 7;
+            for encoding in encodings(grid) {
+                for permuted in [None, Some(heads)] {
+                    let what = format!("{encoding} {options:?} {permuted:?}");
+                    let output = output(encoding, permuted);
+                    let parts = encode_rounded(&output, &rounding)
+                        .unwrap_or_else(|error| panic!("{what}: {error}"));
+                    let mut decoded = vec![0.0; w.len()];
+                    encoding.decode_all_f32("m.weight", &SHAPE, &parts, &mut decoded).unwrap();
+                    if let Some(heads) = permuted {
+                        decoded = from_gguf_rows(&decoded, &SHAPE, heads);
+                    }
+                    assert_eq!(decoded, rounded, "{what}");
+                }
+            }
+            if grid.keeps_zeros() {
+                assert!(rounded[..SHAPE[1]].iter().all(|w| *w == 0.0), "{scheme}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_search_is_never_worse_than_the_plain_scale() {
+        let b = Cpu::new(Precision::F32, Some(1)).unwrap();
+        let w = weights();
+        let error = |scales, bits, symmetric| {
+            let options =
+                GridOptions { group_size: Some(GroupSize::Columns(32)), symmetric, scales };
+            let grid = Scheme::Int(bits).grid(options, DType::F32).unwrap();
+            let mut rounding = Rounding::new(grid, SHAPE[0], SHAPE[1]);
+            let mut matrix = b.upload(&w, SHAPE[0], SHAPE[1]).unwrap();
+            b.choose_scales(&matrix, None, &mut rounding).unwrap();
+            b.round(&mut matrix, &mut rounding).unwrap();
+            let rounded = b.download(&matrix).unwrap();
+            rounded.iter().zip(&w).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>()
+        };
+        for bits in 2..=8 {
+            for symmetric in [true, false] {
+                let (searched, plain) = (
+                    error(ScaleSearch::Mse, bits, symmetric),
+                    error(ScaleSearch::Minmax, bits, symmetric),
+                );
+                assert!(searched <= plain, "int{bits} symmetric {symmetric}: {searched} {plain}");
+            }
+        }
+    }
+}
