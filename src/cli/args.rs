@@ -8,10 +8,10 @@ use clap::{Args, ValueEnum, ValueHint};
 use super::CliError;
 use crate::{
     backend::{Device, DeviceOptions, Precision, ScaleSearch},
-    compress::{GroupSize, Method, Quantizer, Scheme, Sparsity},
+    compress::{Candidate, GroupSize, Method, Quantizer, Scheme, Sparsity},
     recipe::{
-        BlockRange, OutputFormat, PruneRecipe, QuantizeRecipe, Recipe, RecipeError, Selector,
-        Sequential, WeightDType,
+        BlockRange, BudgetRecipe, OutputFormat, PruneRecipe, QuantizeRecipe, Recipe, RecipeError,
+        Selector, Sequential, WeightDType,
     },
 };
 
@@ -116,6 +116,12 @@ struct QuantizeArgs {
     /// How scales of integers are chosen [default: mse].
     #[arg(long, value_name = "HOW")]
     scales: Option<ScaleSearch>,
+    /// Stored bits per weight to reach, choosing what each layer becomes.
+    #[arg(long, value_name = "BITS")]
+    target_bits: Option<f64>,
+    /// What layers may become within --target-bits, like "int4,2:4 int4,int8".
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    candidates: Vec<Candidate>,
     /// Take columns in the order of descending Hessian diagonal [default: where nothing is pruned].
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     act_order: Option<bool>,
@@ -253,6 +259,21 @@ impl PruneArgs {
 
 impl QuantizeArgs {
     fn apply(&self, recipe: &mut Recipe) -> Result<(), CliError> {
+        if let Some(target_bits) = self.target_bits {
+            let candidates = Vec::new();
+            let budget = BudgetRecipe { target_bits, candidates, group_size: None };
+            recipe.budget.get_or_insert(budget).target_bits = target_bits;
+        }
+        if let Some(budget) = &mut recipe.budget {
+            budget.group_size = self.group_size.or(budget.group_size);
+            if !self.candidates.is_empty() {
+                budget.candidates.clone_from(&self.candidates);
+            }
+            return Ok(());
+        }
+        if !self.candidates.is_empty() {
+            return Err(stray("--candidates", "a size budget", "--target-bits BITS"));
+        }
         if recipe.quantize.is_none() {
             let flags = [
                 ("--quantizer", self.quantizer.is_some()),
@@ -289,7 +310,7 @@ impl SolverArgs {
             ("--ignore", !self.ignore.is_empty()),
             ("--blocks", self.blocks.is_some()),
         ];
-        if recipe.prune.is_none() && recipe.quantize.is_none() {
+        if recipe.prune.is_none() && recipe.quantize.is_none() && recipe.budget.is_none() {
             return match flags.into_iter().find(|(_, given)| *given) {
                 Some((flag, _)) => Err(stray(
                     flag,

@@ -13,7 +13,7 @@ use super::{
 use crate::{
     calibration::{CalibrationSet, Sampling},
     model::{ModelSource, Tokenizer},
-    pipeline::{ConversionPlan, NoProgress, RunOptions, convert},
+    pipeline::{ConversionPlan, NoProgress, RunOptions, convert, fit},
     recipe::Recipe,
 };
 
@@ -51,10 +51,17 @@ pub(super) struct ConvertArgs {
 }
 
 pub(super) fn run(args: &ConvertArgs, quiet: bool) -> Result<Status, CliError> {
-    let recipe = args.recipe.resolve()?;
+    let mut recipe = args.recipe.resolve()?;
     let source = ModelSource::open(&args.model)?;
+    let mut calibration = None;
+    if recipe.budget.is_some() {
+        calibration = load_calibration(&source, &recipe)?;
+        recipe = fit_budget(&source, &recipe, calibration.as_ref(), args, quiet)?;
+    }
     let plan = ConversionPlan::new(&source, &recipe)?;
-    let calibration = load_calibration(&source, &recipe)?;
+    if calibration.is_none() {
+        calibration = load_calibration(&source, &recipe)?;
+    }
     let options = RunOptions {
         resume: args.resume,
         checkpoint_interval: Duration::from_secs(args.checkpoint_secs),
@@ -77,6 +84,33 @@ pub(super) fn run(args: &ConvertArgs, quiet: bool) -> Result<Status, CliError> {
         render::converted(&args.output, &plan, &converted)?;
     }
     Ok(Status::Done)
+}
+
+/// The recipe that keeps to its size budget.
+fn fit_budget(
+    source: &ModelSource,
+    recipe: &Recipe,
+    calibration: Option<&CalibrationSet>,
+    args: &ConvertArgs,
+    quiet: bool,
+) -> Result<Recipe, CliError> {
+    let bar = Bar::new("measuring");
+    let progress: &dyn crate::pipeline::Progress = if quiet { &NoProgress } else { &bar };
+    let memory = args.memory.or_else(available_memory);
+    let fitted = fit(source, recipe, calibration, args.device.resolve(), memory, progress)?;
+    for (candidate, layers, bits) in &fitted.chosen {
+        tracing::info!(
+            candidate = %candidate,
+            layers,
+            bits_per_weight = %format_args!("{bits:.3}"),
+            "fitted"
+        );
+    }
+    tracing::info!(
+        bits_per_weight = %format_args!("{:.3}", fitted.bits_per_weight),
+        "fitted in all"
+    );
+    Ok(fitted.recipe)
 }
 
 /// The calibration windows of a recipe, if it has a text.

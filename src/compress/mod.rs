@@ -3,6 +3,7 @@
 //! A solver sees one capture point at a time: the statistic of an input and the layers that share
 //! it. It never sees a file, a path or a command line.
 
+mod candidate;
 mod magnitude;
 mod nearest;
 mod obs;
@@ -11,6 +12,7 @@ mod sparsity;
 mod wanda;
 
 pub use crate::backend::ScaleSearch;
+pub use candidate::Candidate;
 pub use magnitude::Magnitude;
 pub use nearest::Nearest;
 pub use obs::{Obs, column_blocks, sweep_layer};

@@ -7,6 +7,7 @@ use sparsepack_formats::{
     encoding::{IntGrid, ggml::BlockGrid},
 };
 
+use super::Candidate;
 use crate::backend::{Grid, ScaleSearch};
 
 /// Type of the codes.
@@ -224,6 +225,7 @@ text_in_recipes!(
     "Scheme",
     "int2 to int8, f8_e4m3, or a block type of GGUF files: q8_0, q6_k, q5_0, q5_k, q4_0, q4_k, q3_k, q2_k"
 );
+text_in_recipes!([], Candidate, "Candidate", "a pattern, a scheme, or both: 2:4, int4, 50% int4");
 text_in_recipes!([], GroupSize, "GroupSize", "a number of columns, or channel");
 text_in_recipes!([T], Choice<T>, "Choice", "none, or what to do instead");
 

@@ -217,6 +217,11 @@ impl ConversionPlan {
     /// hold the result, options that contradict each other; a source that is scanned and cannot be
     /// read.
     pub fn new(source: &ModelSource, recipe: &Recipe) -> Result<Self> {
+        if recipe.budget.is_some() {
+            return Err(contradiction(
+                "a size budget is resolved by measuring every layer, which `convert` does".into(),
+            ));
+        }
         let config = source.config();
         let format = recipe.output.format.unwrap_or(OutputFormat::Safetensors);
         check_output(&recipe.output, format)?;

@@ -9,6 +9,7 @@ use sparsepack_formats::{Digest, FormatError};
 
 use super::{
     copy::{copy_stored, is_stored_so},
+    entry,
     error::Result,
     journal::{Finished, Journal, RunIdentity},
     loader::LoadedBlock,
@@ -21,10 +22,10 @@ use super::{
     workers::Workers,
 };
 use crate::{
-    backend::{Backend, BackendJob, HostData, HostMatrix, SequenceLens},
-    calibration::{CalibrationSet, HiddenStates, HostActivations, StatKind, Statistic},
+    backend::{Backend, BackendJob},
+    calibration::{CalibrationSet, HiddenStates, StatKind, Statistic},
     compress::{Layer, LayerReport, SolveTimes, solver},
-    model::{BlockGeometry, CapturePoint, ModelSource, embed},
+    model::{BlockGeometry, CapturePoint, ModelSource},
     recipe::OutputFormat,
 };
 
@@ -148,7 +149,7 @@ impl<'a, B: Backend> Run<'a, B> {
             let journal = Journal::create(job.out, &identity, interval)?;
             (journal, Finished::default(), open_writer(false)?)
         };
-        let positions = job.calibration.map_or(0, window_of);
+        let positions = job.calibration.map_or(0, entry::window_of);
         let mut run = Self {
             b,
             job,
@@ -177,7 +178,7 @@ impl<'a, B: Backend> Run<'a, B> {
     /// Units of progress: one a block, and one a batch for each pass.
     fn units(&self) -> u64 {
         let plan = self.job.plan;
-        let batches = self.job.calibration.map_or(0, |set| batch_lens(set).len() as u64);
+        let batches = self.job.calibration.map_or(0, |set| entry::batch_lens(set).len() as u64);
         let calibrated = plan.last_calibrated_block().map_or(0, |last| last as u64 + 1);
         // The four capture points and the end of the block; the block order makes two passes.
         let passes = match plan.sequential {
@@ -195,36 +196,13 @@ impl<'a, B: Backend> Run<'a, B> {
             return Ok(());
         }
         let config = job.source.config();
-        let lens = batch_lens(set);
-        let budget = &job.plan.budget;
-        let spill = job.options.memory_bytes.is_some_and(|limit| budget.peak_bytes > limit);
-        let mut hidden = if spill {
-            tracing::info!(
-                bytes = budget.hidden_bytes,
-                "activations do not fit the memory budget and go to a temporary file"
-            );
-            let widest = super::budget::widest_kept_input(config) as usize;
-            HiddenStates::spilled(lens, self.journal.dir(), config.hidden_size, widest)?
-        } else {
-            HiddenStates::in_memory(lens)
-        };
+        let limit = job.options.memory_bytes;
+        let mut hidden = entry::store(set, config, &job.plan.budget, limit, self.journal.dir())?;
         if finished.blocks_done > 0 {
             self.journal.load_hidden(finished, &mut hidden, config.hidden_size)?;
         } else {
             let start = Instant::now();
-            let mut windows = set.ids.iter();
-            for batch in 0..hidden.batches() {
-                let count = hidden.lens(batch).ranges().count();
-                let mut values = Vec::new();
-                for window in windows.by_ref().take(count) {
-                    values.extend(embed(job.source, window)?);
-                }
-                let rows = hidden.lens(batch).tokens();
-                let residual =
-                    HostMatrix { rows, cols: config.hidden_size, data: HostData::F32(values) };
-                let residual = b.offload(b.onload(residual)?)?;
-                hidden.put(batch, HostActivations { residual, input: None })?;
-            }
+            entry::embed_windows(b, job.source, set, &mut hidden)?;
             self.times.charge(Phase::Load, start.elapsed().as_secs_f64(), 0.0);
         }
         self.hidden = Some(hidden);
@@ -440,18 +418,4 @@ impl<'a, B: Backend> Run<'a, B> {
             journal: self.journal,
         })
     }
-}
-
-/// Tokens of a window.
-fn window_of(set: &CalibrationSet) -> usize {
-    set.ids.first().map_or(0, Vec::len)
-}
-
-/// Sequences stacked into batches of about [`BATCH_TOKENS`](super::budget::BATCH_TOKENS) tokens.
-fn batch_lens(set: &CalibrationSet) -> Vec<SequenceLens> {
-    let per_batch = (super::budget::BATCH_TOKENS / window_of(set).max(1)).max(1);
-    set.ids
-        .chunks(per_batch)
-        .map(|windows| SequenceLens::new(windows.iter().map(Vec::len).collect()))
-        .collect()
 }

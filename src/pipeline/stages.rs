@@ -19,8 +19,10 @@ use super::{
 use crate::{
     backend::{Backend, BackendError, SequenceLens},
     calibration::{HiddenStates, HostActivations, StatKind, Statistic},
-    compress::{Layer, LayerReport, Method, Quantizer, SolveTimes, SolverOptions, solver},
-    model::{Activations, Architecture, Block, BlockGeometry, CapturePoint, ModelConfig},
+    compress::{Layer, LayerReport, Method, Quantizer, SolveTimes, Solved, SolverOptions, solver},
+    model::{
+        Activations, Architecture, Block, BlockGeometry, CapturePoint, ModelConfig, ModelSource,
+    },
     recipe::Sequential,
 };
 
@@ -134,6 +136,40 @@ impl<B: Backend> StageContext<'_, B> {
         }
         let rest = Span { from: at, to: None };
         self.pass(plan, &loaded.block, hidden, times, rest, |_, _| Ok(()))?;
+        Ok(reports)
+    }
+
+    /// Solves the layers of a block by each of several plans, on the activations of the dense model,
+    /// which `hidden` then carries on to the next block. Returns the reports of each plan; nothing is
+    /// kept of the weights.
+    ///
+    /// # Errors
+    /// As [`solve_block`](Self::solve_block).
+    pub(super) fn measure_block(
+        &self,
+        plans: &[&BlockPlan],
+        source: &ModelSource,
+        hidden: &mut HiddenStates,
+        times: &mut PhaseTimes,
+    ) -> Result<Vec<Vec<LayerReport>>> {
+        let index = plans[0].index;
+        let mut loaded = LoadedBlock::load(self.backend, source, index)?;
+        let mut reports = vec![Vec::new(); plans.len()];
+        let mut at = None;
+        for point in CapturePoint::ALL {
+            let mut statistic = self.statistic(StatKind::Hessian, point)?;
+            let span = Span { from: at, to: Some(point) };
+            self.pass(plans[0], &loaded.block, hidden, times, span, |b, x| statistic.add(b, x))?;
+            at = Some(point);
+            check_finite(index, &statistic)?;
+            for (plan, reports) in plans.iter().zip(&mut reports) {
+                let solved = self.solved_at(plan, &loaded, point, &mut statistic, times)?;
+                reports.extend(solved.into_iter().map(|(_, solved)| solved.report));
+            }
+            loaded.install(self.backend, point)?;
+        }
+        let rest = Span { from: at, to: None };
+        self.pass(plans[0], &loaded.block, hidden, times, rest, |_, _| Ok(()))?;
         Ok(reports)
     }
 
@@ -252,8 +288,26 @@ impl<B: Backend> StageContext<'_, B> {
         statistic: &mut Statistic<B>,
         times: &mut PhaseTimes,
     ) -> Result<Vec<LayerReport>> {
-        let b = self.backend;
         let mut reports = Vec::new();
+        for (at, solved) in self.solved_at(plan, loaded, point, statistic, times)? {
+            loaded.linears[at].weight = self.backend.download(&solved.weight)?;
+            loaded.linears[at].rounding = solved.rounding;
+            reports.push(solved.report);
+        }
+        Ok(reports)
+    }
+
+    /// What the planned layers that share the input at `point` become, with their places in the block.
+    fn solved_at(
+        &self,
+        plan: &BlockPlan,
+        loaded: &LoadedBlock<B>,
+        point: CapturePoint,
+        statistic: &mut Statistic<B>,
+        times: &mut PhaseTimes,
+    ) -> Result<Vec<(usize, Solved<B>)>> {
+        let b = self.backend;
+        let mut all = Vec::new();
         let mut rest: Vec<&LayerPlan> = plan.layers_at(point).collect();
         while let Some(first) = rest.first() {
             let way = Way::of(first);
@@ -278,10 +332,7 @@ impl<B: Backend> StageContext<'_, B> {
             let solver = solver::<B>(way.prune, way.quantize, options);
             let solved = solver.solve(b, layers, statistic, &mut spent)?;
             for (layer, solved) in planned.iter().zip(solved) {
-                let at = position(&loaded.linears, layer)?;
-                loaded.linears[at].weight = b.download(&solved.weight)?;
-                loaded.linears[at].rounding = solved.rounding;
-                reports.push(solved.report);
+                all.push((position(&loaded.linears, layer)?, solved));
             }
             let features = self.config.capture_width(point) as f64;
             let hessian = solver.needs() == StatKind::Hessian;
@@ -296,7 +347,7 @@ impl<B: Backend> StageContext<'_, B> {
             // Two quadratic forms of a triangle each.
             times.charge(Phase::Error, spent.error_secs, if hessian { 2.0 * sweep } else { 0.0 });
         }
-        Ok(reports)
+        Ok(all)
     }
 
     /// Operations of adding a batch to the statistic of `point`.

@@ -14,7 +14,7 @@ use sparsepack_formats::{DType, GgmlType};
 pub use selector::{BlockRange, ParseSelectorError, Selector};
 
 use crate::compress::{
-    Choice, GroupSize, Method, Quantizer, ScaleSearch, Scheme, SolverOptions, Sparsity,
+    Candidate, Choice, GroupSize, Method, Quantizer, ScaleSearch, Scheme, SolverOptions, Sparsity,
 };
 
 /// A whole recipe. Every part may be left out.
@@ -27,6 +27,9 @@ pub struct Recipe {
     /// How linears are rounded unless a rule says otherwise.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub quantize: Option<QuantizeRecipe>,
+    /// A size to reach, in the place of both.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub budget: Option<BudgetRecipe>,
     /// How layers are solved, whatever is done to them.
     pub solver: SolverRecipe,
     /// Exceptions, first match wins.
@@ -104,6 +107,27 @@ impl QuantizeRecipe {
             targets: Selector::all_linears(),
             ignore: Vec::new(),
         }
+    }
+}
+
+/// A size that the linears of the blocks are to reach; each gets what costs its output least.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BudgetRecipe {
+    /// Stored bits per weight of all linears, scales and positions included.
+    pub target_bits: f64,
+    /// What layers may become; by default a choice of what the format holds.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub candidates: Vec<Candidate>,
+    /// Columns that share a scale, of integers narrower than 8 bits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group_size: Option<GroupSize>,
+}
+
+impl BudgetRecipe {
+    /// The group size of a scheme, where it is the budget's to say.
+    pub fn group_of(&self, scheme: Scheme) -> Option<GroupSize> {
+        self.group_size.filter(|_| matches!(scheme, Scheme::Int(bits) if bits < 8))
     }
 }
 

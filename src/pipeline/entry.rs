@@ -1,0 +1,73 @@
+//! The activations that enter the first block: where they are kept, and the embeddings they start as.
+
+use std::path::Path;
+
+use super::{budget::MemoryBudget, error::Result};
+use crate::{
+    backend::{Backend, HostData, HostMatrix, SequenceLens},
+    calibration::{CalibrationSet, HiddenStates, HostActivations},
+    model::{ModelConfig, ModelSource, embed},
+};
+
+/// Tokens of a window.
+pub(super) fn window_of(set: &CalibrationSet) -> usize {
+    set.ids.first().map_or(0, Vec::len)
+}
+
+/// Sequences stacked into batches of about [`BATCH_TOKENS`](super::budget::BATCH_TOKENS) tokens.
+pub(super) fn batch_lens(set: &CalibrationSet) -> Vec<SequenceLens> {
+    let per_batch = (super::budget::BATCH_TOKENS / window_of(set).max(1)).max(1);
+    set.ids
+        .chunks(per_batch)
+        .map(|windows| SequenceLens::new(windows.iter().map(Vec::len).collect()))
+        .collect()
+}
+
+/// Room for the activations of every window: in memory, or in a temporary file in `directory` where the
+/// planned peak is above `limit` bytes.
+///
+/// # Errors
+/// A file that cannot be made.
+pub(super) fn store(
+    set: &CalibrationSet,
+    config: &ModelConfig,
+    budget: &MemoryBudget,
+    limit: Option<u64>,
+    directory: &Path,
+) -> Result<HiddenStates> {
+    let lens = batch_lens(set);
+    if limit.is_none_or(|limit| budget.peak_bytes <= limit) {
+        return Ok(HiddenStates::in_memory(lens));
+    }
+    tracing::info!(
+        bytes = budget.hidden_bytes,
+        "activations do not fit the memory budget and go to a temporary file"
+    );
+    let widest = super::budget::widest_kept_input(config) as usize;
+    Ok(HiddenStates::spilled(lens, directory, config.hidden_size, widest)?)
+}
+
+/// Embeds every window.
+///
+/// # Errors
+/// Ids or embeddings that cannot be read; device failure; the store of activations.
+pub(super) fn embed_windows<B: Backend>(
+    b: &B,
+    source: &ModelSource,
+    set: &CalibrationSet,
+    hidden: &mut HiddenStates,
+) -> Result<()> {
+    let mut windows = set.ids.iter();
+    for batch in 0..hidden.batches() {
+        let count = hidden.lens(batch).ranges().count();
+        let mut values = Vec::new();
+        for window in windows.by_ref().take(count) {
+            values.extend(embed(source, window)?);
+        }
+        let (rows, cols) = (hidden.lens(batch).tokens(), source.config().hidden_size);
+        let residual = HostMatrix { rows, cols, data: HostData::F32(values) };
+        let residual = b.offload(b.onload(residual)?)?;
+        hidden.put(batch, HostActivations { residual, input: None })?;
+    }
+    Ok(())
+}
