@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum, ValueHint};
 use super::CliError;
 use crate::{
     backend::{Device, DeviceOptions, Precision, ScaleSearch},
-    compress::{Candidate, GroupSize, Method, Quantizer, Scheme, Sparsity},
+    compress::{Candidate, Damping, GroupSize, Method, Quantizer, Scheme, Sparsity},
     recipe::{
         BlockRange, BudgetRecipe, OutputFormat, PruneRecipe, QuantizeRecipe, Recipe, RecipeError,
         Selector, Sequential, WeightDType,
@@ -142,6 +142,12 @@ struct SolverArgs {
     /// These blocks only, for trials.
     #[arg(long, value_name = "RANGE")]
     blocks: Option<BlockRange>,
+    /// Damping of the Hessian, as a fraction.
+    #[arg(long, value_name = "FRACTION")]
+    damp: Option<f64>,
+    /// Of what: each feature's own entry of the diagonal, or the mean of all.
+    #[arg(long, value_name = "OF")]
+    damping: Option<Damping>,
 }
 
 /// `--prune`.
@@ -309,6 +315,8 @@ impl SolverArgs {
             ("--targets", !self.targets.is_empty()),
             ("--ignore", !self.ignore.is_empty()),
             ("--blocks", self.blocks.is_some()),
+            ("--damp", self.damp.is_some()),
+            ("--damping", self.damping.is_some()),
         ];
         if recipe.prune.is_none() && recipe.quantize.is_none() && recipe.budget.is_none() {
             return match flags.into_iter().find(|(_, given)| *given) {
@@ -322,6 +330,8 @@ impl SolverArgs {
         }
         let solver = &mut recipe.solver;
         solver.sequential = self.sequential.unwrap_or(solver.sequential);
+        solver.damp = self.damp.unwrap_or(solver.damp);
+        solver.damping = self.damping.unwrap_or(solver.damping);
         solver.blocks = self.blocks.clone().or(solver.blocks.take());
         let prune = recipe.prune.as_mut().map(|prune| (&mut prune.targets, &mut prune.ignore));
         let quantize = recipe.quantize.as_mut();

@@ -80,7 +80,7 @@ pub struct LayerReport {
     /// on to later columns.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nearest_error: Option<f64>,
-    /// Damping added to the Hessian, as a fraction of its mean diagonal.
+    /// Damping added to the Hessian, as a fraction of its mean diagonal, or of each entry of it.
     pub damp: Option<f64>,
     /// Input features that were zero on every calibration token.
     pub dead_features: usize,
@@ -154,7 +154,7 @@ pub enum SolveError {
     },
     /// The Hessian stayed indefinite at every damping tried.
     #[error(
-        "{layer}: the Hessian is not positive definite at pivot {pivot} even with damping {damp} of its mean diagonal; more calibration text or a higher damping may help"
+        "{layer}: the Hessian is not positive definite at pivot {pivot} even with damping {damp} of its diagonal; more calibration text or a higher damping may help"
     )]
     NotPositiveDefinite {
         /// The first layer that shares the Hessian.
@@ -312,11 +312,36 @@ impl Quantizer {
     }
 }
 
-/// Settings of the solvers; the defaults are SparseGPT's.
+/// What is added to the Hessian's diagonal before it is factorised, in proportion to what.
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    Default,
+    PartialEq,
+    Eq,
+    serde::Serialize,
+    serde::Deserialize,
+    schemars::JsonSchema,
+    clap::ValueEnum,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Damping {
+    /// Each feature's own entry: correlations shrink by a factor, whatever the scale of a feature.
+    #[default]
+    Feature,
+    /// The mean of the diagonal, the same for every feature (SparseGPT §4, GPTQ: 0.01). Where a few
+    /// features are much larger than the others, it is too much for most and too little for these.
+    Mean,
+}
+
+/// Settings of the solvers.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct SolverOptions {
-    /// Damping as a fraction of the Hessian's mean diagonal (SparseGPT §4: 0.01).
+    /// Damping as a fraction of what `damping` says.
     pub damp: f64,
+    /// What damping is in proportion to.
+    pub damping: Damping,
     /// Columns between lazy updates (SparseGPT §4: 128).
     pub column_block: usize,
     /// Columns are swept in the order of descending `diag H`, as GPTQ's reference can. Groups stay
@@ -326,7 +351,7 @@ pub struct SolverOptions {
 
 impl Default for SolverOptions {
     fn default() -> Self {
-        Self { damp: 0.01, column_block: 128, act_order: false }
+        Self { damp: 0.1, damping: Damping::Feature, column_block: 128, act_order: false }
     }
 }
 

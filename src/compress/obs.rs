@@ -7,7 +7,7 @@
 //! | `h` | Hessian of the layer-wise loss, `2/n XXᵀ` | `[d_col, d_col]` | H, eq. 3 |
 //! | `u` | upper Cholesky factor of `(H + λI)⁻¹` | `[d_col, d_col]` | H⁻¹ after line 3 |
 //! | `err` | scaled errors of one column block | `[d_row, B]` | E, line 11 |
-//! | `λ` | `damp · mean(diag H)` | | λ, §4 |
+//! | `λ` | `damp · mean(diag H)`, or by feature `damp · H_jj` | | λ, §4 |
 //!
 //! Rows are independent given `u`; columns are visited left to right. Inside a column block of `B`
 //! columns errors move at once ([`SolveOps::obs_sweep`](crate::backend::SolveOps::obs_sweep)); the
@@ -23,6 +23,7 @@
 //! Deviations from the reference implementations:
 //! * an unstructured column block loses exactly `⌊sparsity · rows · B⌋` weights, where the
 //!   reference's `<= threshold` takes one more (and all ties);
+//! * damping is in proportion to each entry of the diagonal unless [`Damping::Mean`] is asked for;
 //! * a Hessian that is not positive definite is damped ×10 up to three times, and each try is
 //!   reported; after that the layer fails. The reference stops at the first failure, others fall
 //!   back to an identity Hessian in silence;
@@ -34,8 +35,8 @@
 use std::{ops::Range, time::Instant};
 
 use super::{
-    Layer, LayerReport, LayerSolver, Method, SolveError, SolveTimes, Solved, SolverOptions,
-    Sparsity,
+    Damping, Layer, LayerReport, LayerSolver, Method, SolveError, SolveTimes, Solved,
+    SolverOptions, Sparsity,
 };
 use crate::{
     backend::{Backend, BackendError, Rounding, SweepRule},
@@ -78,19 +79,20 @@ impl Obs {
         h: &mut B::Matrix,
         layer: &str,
     ) -> Result<Factor<B::Matrix>, SolveError> {
-        let dead = dead_features(b, h)?;
-        let order = self.options.act_order.then(|| b.diagonal(h)).transpose()?.map(descending);
-        // A one on the diagonal makes a dead feature's zero row invertible; outside the factor the
-        // feature counts for nothing.
-        set_diagonal(b, h, &dead, 1.0)?;
+        let diagonal = b.diagonal(h)?;
+        let dead: Vec<usize> = (0..diagonal.len()).filter(|&j| diagonal[j] == 0.0).collect();
+        let order = self.options.act_order.then(|| descending(&diagonal));
+        // Features that are zero on every token have a zero row, which a one on the diagonal makes
+        // invertible; outside the factor they count for nothing, and their weights are zeroed.
+        b.set_diagonal(h, &dead.iter().map(|&j| (j, 1.0)).collect::<Vec<_>>())?;
         let factored = match &order {
             Some(order) => {
-                let permuted = b.permute_symmetric(h, order)?;
-                factor(b, &permuted, self.options.damp, layer)
+                let mut permuted = b.permute_symmetric(h, order)?;
+                factor(b, &mut permuted, self.options, layer)
             }
-            None => factor(b, h, self.options.damp, layer),
+            None => factor(b, h, self.options, layer),
         };
-        set_diagonal(b, h, &dead, 0.0)?;
+        b.set_diagonal(h, &diagonal.into_iter().enumerate().collect::<Vec<_>>())?;
         let (u, damp) = factored?;
         let swept: Vec<f32> = b.diagonal(&u)?.iter().map(|u| 1.0 / (u * u)).collect();
         let mut cost = swept.clone();
@@ -247,7 +249,7 @@ impl<B: Backend> LayerSolver<B> for Obs {
 }
 
 /// Indices by descending value, equal ones as they stand.
-fn descending(values: Vec<f32>) -> Vec<usize> {
+fn descending(values: &[f32]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..values.len()).collect();
     order.sort_by(|&a, &b| values[b].total_cmp(&values[a]));
     order
@@ -261,35 +263,27 @@ fn inverse(order: &[usize]) -> Vec<usize> {
     inverse
 }
 
-/// Features that are zero on every token: they have a zero row in `h`, and their weights, which
-/// multiply zeros, are pruned first.
-fn dead_features<B: Backend>(b: &B, h: &B::Matrix) -> Result<Vec<usize>, BackendError> {
-    let diagonal = b.diagonal(h)?;
-    Ok((0..diagonal.len()).filter(|&j| diagonal[j] == 0.0).collect())
-}
-
-fn set_diagonal<B: Backend>(
-    b: &B,
-    h: &mut B::Matrix,
-    features: &[usize],
-    value: f32,
-) -> Result<(), BackendError> {
-    let entries: Vec<(usize, f32)> = features.iter().map(|&j| (j, value)).collect();
-    b.set_diagonal(h, &entries)
-}
-
-/// `u` for `h + damp · mean(diag h) · I`, and the damping that was needed.
+/// `u` for `h` with damping, and the damping that was needed. Leaves `h` with another diagonal.
 fn factor<B: Backend>(
     b: &B,
-    h: &B::Matrix,
-    damp: f64,
+    h: &mut B::Matrix,
+    SolverOptions { damp, damping, .. }: SolverOptions,
     layer: &str,
 ) -> Result<(B::Matrix, f64), SolveError> {
     let diagonal = b.diagonal(h)?;
     let mean = diagonal.iter().map(|&d| f64::from(d)).sum::<f64>() / diagonal.len().max(1) as f64;
     let mut tried = damp;
     for attempt in 0..=MAX_DAMP_INCREASES {
-        match b.inverse_factor_upper(h, tried * mean) {
+        let added = match damping {
+            Damping::Mean => tried * mean,
+            Damping::Feature => {
+                let damped = |(j, d): (usize, &f32)| (j, (f64::from(*d) * (1.0 + tried)) as f32);
+                let entries: Vec<_> = diagonal.iter().enumerate().map(damped).collect();
+                b.set_diagonal(h, &entries)?;
+                0.0
+            }
+        };
+        match b.inverse_factor_upper(h, added) {
             Ok(u) => return Ok((u, tried)),
             Err(BackendError::NotPositiveDefinite { pivot }) if attempt == MAX_DAMP_INCREASES => {
                 return Err(SolveError::NotPositiveDefinite {

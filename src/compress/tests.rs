@@ -44,8 +44,13 @@ fn solve_one(
     Ok((b.download(&solved.weight)?, solved.report))
 }
 
+/// Damping as in the papers.
+fn published() -> SolverOptions {
+    SolverOptions { damp: 0.01, damping: Damping::Mean, ..SolverOptions::default() }
+}
+
 fn sparsegpt() -> Obs {
-    Obs::new(SolverOptions::default(), None)
+    Obs::new(published(), None)
 }
 
 /// A random layer and correlated inputs whose features differ in scale.
@@ -70,13 +75,7 @@ impl Case {
                 row[j] = scale[j] * row[j] + 0.5 * row[j - 1];
             }
         }
-        Self {
-            rows,
-            cols,
-            weight,
-            x,
-            options: SolverOptions { column_block, ..Default::default() },
-        }
+        Self { rows, cols, weight, x, options: SolverOptions { column_block, ..published() } }
     }
 
     fn statistic(&self, b: &Cpu, kind: StatKind) -> Statistic<Cpu> {
@@ -314,7 +313,7 @@ fn an_indefinite_hessian_names_layer_pivot_and_damping() {
     let error = solve_one(&b, &sparsegpt(), layer, &mut hessian(&b, &h, 3)).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "layer: the Hessian is not positive definite at pivot 1 even with damping 10 of its mean \
+        "layer: the Hessian is not positive definite at pivot 1 even with damping 10 of its \
          diagonal; more calibration text or a higher damping may help"
     );
 }

@@ -478,7 +478,12 @@ fn solver_options(recipe: &Recipe) -> Result<SolverOptions> {
     if solver.column_block == 0 {
         return Err(contradiction("column_block is 0 (expected at least 1)".into()));
     }
-    Ok(SolverOptions { damp: solver.damp, column_block: solver.column_block, act_order: false })
+    Ok(SolverOptions {
+        damp: solver.damp,
+        damping: solver.damping,
+        column_block: solver.column_block,
+        act_order: false,
+    })
 }
 
 fn check_calibration(recipe: &Recipe, needs: StatKind, max_positions: usize) -> Result<()> {

@@ -14,7 +14,8 @@ use sparsepack_formats::{DType, GgmlType};
 pub use selector::{BlockRange, ParseSelectorError, Selector};
 
 use crate::compress::{
-    Candidate, Choice, GroupSize, Method, Quantizer, ScaleSearch, Scheme, SolverOptions, Sparsity,
+    Candidate, Choice, Damping, GroupSize, Method, Quantizer, ScaleSearch, Scheme, SolverOptions,
+    Sparsity,
 };
 
 /// A whole recipe. Every part may be left out.
@@ -140,16 +141,18 @@ pub struct SolverRecipe {
     pub blocks: Option<BlockRange>,
     /// Order of capture and solving inside a block.
     pub sequential: Sequential,
-    /// Damping as a fraction of the Hessian's mean diagonal.
+    /// Damping as a fraction of what `damping` says.
     pub damp: f64,
+    /// Damping in proportion to each feature's entry of the Hessian's diagonal, or to their mean.
+    pub damping: Damping,
     /// Columns between lazy updates.
     pub column_block: usize,
 }
 
 impl Default for SolverRecipe {
     fn default() -> Self {
-        let SolverOptions { damp, column_block, .. } = SolverOptions::default();
-        Self { blocks: None, sequential: Sequential::default(), damp, column_block }
+        let SolverOptions { damp, damping, column_block, .. } = SolverOptions::default();
+        Self { blocks: None, sequential: Sequential::default(), damp, damping, column_block }
     }
 }
 
@@ -477,7 +480,7 @@ mod tests {
         )
         .unwrap();
         let prune = recipe.prune.as_ref().unwrap();
-        assert!((recipe.solver.damp - 0.01).abs() < f64::EPSILON);
+        assert!((recipe.solver.damp - 0.1).abs() < f64::EPSILON);
         assert_eq!(prune.targets, Selector::all_linears());
         let json = serde_json::to_string(&recipe).unwrap();
         assert_eq!(serde_json::from_str::<Recipe>(&json).unwrap(), recipe);

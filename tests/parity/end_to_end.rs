@@ -11,7 +11,7 @@ use std::{
 use sparsepack::{
     backend::{DeviceOptions, Precision, dispatch},
     calibration::{CalibrationSet, Sampling, read_text},
-    compress::Method,
+    compress::{Damping, Method},
     eval::PerplexityJob,
     model::{ModelSource, Tokenizer},
     pipeline::{ConversionPlan, MANIFEST, NoProgress, RunOptions, convert},
@@ -61,7 +61,13 @@ impl Run {
 
     fn recipe(self) -> Recipe {
         let prune = PruneRecipe::new(self.method, self.sparsity.parse().unwrap());
-        let solver = SolverRecipe { sequential: self.sequential, ..SolverRecipe::default() };
+        // As the reference.
+        let solver = SolverRecipe {
+            sequential: self.sequential,
+            damp: 0.01,
+            damping: Damping::Mean,
+            ..SolverRecipe::default()
+        };
         let mut calibration = CalibrationRecipe::default();
         if self.method != Method::Magnitude {
             calibration.file = Some(fixture("text/calibration.txt"));

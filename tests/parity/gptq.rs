@@ -4,8 +4,8 @@ use sparsepack::{
     backend::{Grid, Precision, ScaleSearch, Scales, Storage, cpu::Cpu},
     calibration::{StatKind, Statistic},
     compress::{
-        GridOptions, GroupSize, Layer, LayerSolver, Obs, Scheme, SolveTimes, Solved, SolverOptions,
-        Sparsity,
+        Damping, GridOptions, GroupSize, Layer, LayerSolver, Obs, Scheme, SolveTimes, Solved,
+        SolverOptions, Sparsity,
     },
 };
 use sparsepack_formats::{DType, GgmlType};
@@ -68,6 +68,7 @@ impl Case {
         let mut statistic = Statistic::from_matrix(StatKind::Hessian, h, 1);
         let options = SolverOptions {
             damp: golden.metadata("damp"),
+            damping: Damping::Mean,
             column_block: 32,
             act_order: self.act_order,
         };

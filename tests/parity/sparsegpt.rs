@@ -10,8 +10,8 @@ use sparsepack::{
     backend::{Precision, SolveOps, Storage, SweepRule, cpu::Cpu},
     calibration::{StatKind, Statistic},
     compress::{
-        Layer, LayerReport, LayerSolver, Obs, SolveTimes, SolverOptions, Sparsity, column_blocks,
-        sweep_layer,
+        Damping, Layer, LayerReport, LayerSolver, Obs, SolveTimes, SolverOptions, Sparsity,
+        column_blocks, sweep_layer,
     },
 };
 
@@ -54,6 +54,7 @@ impl Case {
             options: SolverOptions {
                 damp: golden.metadata("percdamp"),
                 column_block: golden.metadata("block_size"),
+                damping: Damping::Mean,
                 act_order: false,
             },
         }
