@@ -80,7 +80,7 @@ fn table(cpu: &Cpu) -> Result<(), BackendError> {
     let rule = SweepRule::Lowest { zeros: rows * 64 };
     let flops = (rows * 128 * 128) as f64;
     row(&format!("obs sweep {rows}x128 of {cols}"), flops, || {
-        cpu.obs_sweep(&mut cpu.duplicate(&w)?, &u, 0..128, rule)
+        cpu.obs_sweep(&mut cpu.duplicate(&w)?, &u, 0..128, rule, None)
     })
 }
 

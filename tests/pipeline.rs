@@ -119,7 +119,7 @@ fn every_method_and_format(name: &str) {
             let out = dir.join(&what.replace(['/', ':', '%'], "-"));
             let sequential = if sparsity == "50%" { Sequential::Block } else { Sequential::True };
             let recipe = with(recipe(method, sparsity, format), |recipe| {
-                recipe.solver.sequential = sequential
+                recipe.solver.sequential = sequential;
             });
             let plan = run(&model, &recipe, &out);
             let report = verify(&out, None, &VerifyOptions::default()).unwrap();

@@ -1,6 +1,6 @@
 //! What weights are rounded to, and the codes and scales of a matrix that is being rounded.
 
-use std::{fmt, ops::Range};
+use std::fmt;
 
 use sparsepack_formats::{
     DType, GgmlType,
@@ -200,13 +200,9 @@ impl Rounding {
     }
 
     /// The same matrix with its rows in another order: row `i` is what `from(i)` was.
+    #[must_use]
     pub fn reorder_rows(&self, from: impl Fn(usize) -> usize) -> Self {
         let rows = self.codes.len() / self.cols.max(1);
-        fn take<T: Copy>(values: &[T], rows: usize, from: impl Fn(usize) -> usize) -> Vec<T> {
-            let width = values.len() / rows.max(1);
-            let range = |row: usize| -> Range<usize> { row * width..(row + 1) * width };
-            (0..rows).flat_map(|row| &values[range(from(row))]).copied().collect()
-        }
         let scales = match &self.scales {
             Scales::Groups { scales, zero_points } => Scales::Groups {
                 scales: take(scales, rows, &from),
@@ -216,6 +212,13 @@ impl Rounding {
         };
         Self { codes: take(&self.codes, rows, &from), scales, ..self.clone() }
     }
+}
+
+/// `rows` rows of equal length in another order.
+fn take<T: Copy>(values: &[T], rows: usize, from: impl Fn(usize) -> usize) -> Vec<T> {
+    let width = values.len() / rows.max(1);
+    let row = |row: usize| &values[from(row) * width..][..width];
+    (0..rows).flat_map(row).copied().collect()
 }
 
 /// Some rows of a [`Rounding`].

@@ -439,7 +439,6 @@ fn pruning_and_rounding_together_beat_one_after_the_other() {
                 together += output_error(&b, &case, &joint);
                 apart += output_error(&b, &case, &after);
             }
-            println!("{sparsity} int{bits} {group}: together {together:.3}, apart {apart:.3}");
             assert!(together < 1.02 * apart, "{sparsity} int{bits}: {together} {apart}");
         }
     }

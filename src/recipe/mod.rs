@@ -81,7 +81,7 @@ pub struct QuantizeRecipe {
     /// Integers have zero points of their own.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub asymmetric: bool,
-    /// How scales of integers (and of q8_0, q5_0 and q4_0) are chosen; `mse` by default.
+    /// How scales of integers (and of `q8_0`, `q5_0` and `q4_0`) are chosen; `mse` by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scales: Option<ScaleSearch>,
     /// Sweep the columns in the order of descending `diag H`; by default where nothing is pruned.

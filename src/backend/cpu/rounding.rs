@@ -215,8 +215,8 @@ fn int_scales(group: Group<'_>, grid: IntGrid, search: ScaleSearch) -> (Vec<f32>
             }
             ScaleSearch::Mse => {
                 let parts = scales::parts(1 << grid.bits, reach);
-                let mut extremes = group.extremes();
-                extremes.iter_mut().for_each(|extreme| *extreme = extreme.abs());
+                let extremes = group.extremes();
+                let extremes: Vec<f32> = extremes.iter().map(|extreme| extreme.abs()).collect();
                 scales::symmetric(group, &extremes, &parts, (low, high))
             }
         };
