@@ -18,7 +18,24 @@ ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "fixtures/model"
 
 MAGNITUDE = ["--prune", "magnitude", "--sparsity"]
-# What each format is made of: arguments of `convert`; the dense twin has the same but for --format.
+CALIBRATION = ["--samples", "8", "--seq-len", "64", "--calibration", str(ROOT / "fixtures/text/calibration.txt")]
+GROUPS = ["--quantizer", "rtn", "--group-size", "32", "--quantize"]
+# Quantized outputs, which only say by their codes what the dense values are.
+QUANTIZED: dict[str, list[str]] = {
+    "int4": ["--format", "packed", *GROUPS, "int4"],
+    "int4-24": ["--format", "packed", *GROUPS, "int4", *MAGNITUDE, "2:4"],
+    "int4-nm": ["--format", "packed", *GROUPS, "int4", *MAGNITUDE, "4:8"],
+    "int4-bitmask": ["--format", "packed", *GROUPS, "int4", *MAGNITUDE, "50%"],
+    "int3-asymmetric": ["--format", "packed", *GROUPS, "int3", "--asymmetric"],
+    "int8": ["--format", "packed", "--quantize", "int8", "--quantizer", "rtn"],
+    "int4-gptq": ["--format", "packed", "--quantize", "int4", "--group-size", "64", *CALIBRATION],
+    "pack-quantized": ["--format", "compressed-tensors", *GROUPS, "int4"],
+    "pack-quantized-24": ["--format", "compressed-tensors", *GROUPS, "int4", "--asymmetric", *MAGNITUDE, "2:4"],
+    "int-quantized": ["--format", "compressed-tensors", "--quantize", "int8", "--quantizer", "rtn"],
+    "float-quantized": ["--format", "compressed-tensors", "--quantize", "f8_e4m3", "--quantizer", "rtn"],
+}
+# What each format is made of: arguments of `convert`. The dense twin has the same but for --format, or is what
+# `unpack` makes of codes.
 OUTPUTS: dict[str, list[str]] = {
     "plain": ["--format", "safetensors", *MAGNITUDE, "2:4"],
     "sparse24": ["--format", "packed", *MAGNITUDE, "2:4"],
@@ -33,6 +50,7 @@ OUTPUTS: dict[str, list[str]] = {
     "zst": ["--format", "zst", *MAGNITUDE, "2:4"],
     "zst-dense": ["--format", "zst"],
     "f8": ["--format", "safetensors", "--dtype", "f8_e4m3"],
+    **QUANTIZED,
 }
 
 
@@ -66,14 +84,17 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The same conversion, written as `--format safetensors`."""
+def dense(tmp_path_factory: pytest.TempPathFactory, packed: Callable[[str], Path]) -> Callable[[str], Path]:
+    """The same conversion, written as `--format safetensors`; of codes, what the binary decodes."""
     base = tmp_path_factory.mktemp("dense")
     made: dict[tuple[str, ...], Path] = {}
 
     def make(name: str) -> Path:
-        args = tuple(OUTPUTS[name][2:])
-        if args not in made:
+        args = tuple(QUANTIZED.get(name, OUTPUTS[name][2:]))
+        if args not in made and name in QUANTIZED:
+            run("unpack", packed(name), "-o", base / name)
+            made[args] = base / name
+        elif args not in made:
             run("convert", MODEL, "-o", base / name, "--format", "safetensors", *args)
             made[args] = base / name
         return made[args]

@@ -39,7 +39,7 @@ def test_logits_are_those_of_the_dense_directory(name: str, packed: Make, dense:
     assert not model.training
 
 
-@pytest.mark.parametrize("name", ["sparse24", "zst", "sparse-bitmask"])
+@pytest.mark.parametrize("name", ["sparse24", "zst", "sparse-bitmask", "int4-24", "pack-quantized"])
 def test_generates_what_the_dense_directory_does(name: str, packed: Make, dense: Make) -> None:
     model = sparsepack.load(packed(name))
     theirs = AutoModelForCausalLM.from_pretrained(dense(name))

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import OUTPUTS, run, same_bits
+from conftest import OUTPUTS, QUANTIZED, run, same_bits
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sparsepack
 from sparsepack import FormatError
+from sparsepack.encodings import Int
 
 Make = Callable[[str], Path]
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -30,6 +31,14 @@ STORED = {
     "zst": "dense",
     "zst-dense": "dense",
     "f8": "dense",
+    "int4": "int",
+    "int4-24": "int",
+    "int4-nm": "int",
+    "int4-bitmask": "int",
+    "int3-asymmetric": "int",
+    "int8": "int",
+    "int4-gptq": "int",
+    "pack-quantized-24": "pack-quantized",
 }
 
 
@@ -58,7 +67,45 @@ def test_iterate_decodes_one_tensor_at_a_time(packed: Make, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    "name", ["sparse24", "nm-4-8", "bitmask", "torch-cutlass", "sparse-24-bitmask", "sparse-bitmask"]
+    ("name", "kept", "bits", "group_size"),
+    [
+        ("int4", "all", 4, 32),
+        ("int4-24", "sparse24", 4, 32),
+        ("int4-nm", "nm", 4, 32),
+        ("int4-bitmask", "bitmask", 4, 32),
+        ("int3-asymmetric", "all", 3, 32),
+        ("int8", "all", 8, None),
+        ("int4-gptq", "all", 4, 64),
+    ],
+)
+def test_codes_are_stored_as_asked(name: str, kept: str, bits: int, group_size: int | None, packed: Make) -> None:
+    encodings = sparsepack.open_checkpoint(packed(name)).encodings
+    linears = [encodings[key] for key in encodings if key.endswith("_proj.weight")]
+    assert len(linears) == 28
+    for encoding in linears:
+        assert isinstance(encoding, Int)
+        assert (encoding.kept, encoding.grid.bits, encoding.grid.group_size) == (kept, bits, group_size)
+        assert encoding.grid.symmetric == (name != "int3-asymmetric")
+
+
+@pytest.mark.parametrize(("name", "twin"), [("int4", "pack-quantized"), ("int8", "int-quantized")])
+def test_a_grid_has_the_same_values_in_every_format(name: str, twin: str, packed: Make) -> None:
+    read, expected = sparsepack.read(packed(name)), sparsepack.read(packed(twin))
+    assert read.keys() == expected.keys()
+    assert all(same_bits(read[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("name", ["int4-24", "int3-asymmetric", "pack-quantized", "float-quantized"])
+def test_a_dense_conversion_is_what_unpack_gives(name: str, packed: Make, dense: Make, tmp_path: Path) -> None:
+    run("convert", packed(name), "-o", tmp_path / "dense", "--format", "safetensors")
+    converted, unpacked = (load_file(path / "model.safetensors") for path in (tmp_path / "dense", dense(name)))
+    assert converted.keys() == unpacked.keys()
+    assert all(same_bits(converted[key], unpacked[key]) for key in unpacked)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["sparse24", "nm-4-8", "bitmask", "torch-cutlass", "sparse-24-bitmask", "sparse-bitmask", *QUANTIZED],
 )
 def test_an_archive_keeps_the_encodings(name: str, packed: Make, tmp_path: Path) -> None:
     run("convert", packed(name), "-o", tmp_path / "archive", "--format", "zst")
@@ -67,7 +114,11 @@ def test_an_archive_keeps_the_encodings(name: str, packed: Make, tmp_path: Path)
         key: value.name for key, value in directory.encodings.items()
     }
     read, expected = dict(archive), dict(directory)
+    assert read.keys() == expected.keys()
     assert all(same_bits(read[key], expected[key]) for key in expected)
+    run("unpack", tmp_path / "archive", "-o", tmp_path / "restored")
+    restored, file = (path / "model.safetensors" for path in (tmp_path / "restored", packed(name)))
+    assert restored.read_bytes() == file.read_bytes()
 
 
 def sharded(directory: Path) -> dict[str, str]:
