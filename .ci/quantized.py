@@ -3,6 +3,8 @@
 quantized.py QUANTIZED DENSE: loads a directory in a format of compressed-tensors and the directory of the values that its codes
 stand for. Every weight must be the same bit for bit, and so must logits and generated tokens be.
 quantized.py --example EXECUTABLE: quantizes the fixture model with the example `quantize` of sparsepack-formats in every way first.
+quantized.py --program SPARSEPACK: with `sparsepack convert` first, solved on calibration text; the values are what the program
+itself decodes.
 """
 
 import json
@@ -12,6 +14,8 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
@@ -30,6 +34,40 @@ GRIDS = [
     ["float-quantized,8,0"],
     ["pack-quantized,4,32", "down_proj=pack-quantized,8,0", "layers.0.=int-quantized,8,0"],
     ["pack-quantized,3,32,asymmetric", "self_attn=float-quantized,8,0"],
+]
+
+# Layers that stay dense, or have another grid or pattern.
+RULES = """
+[prune]
+method = "sparsegpt"
+sparsity = "2:4"
+[quantize]
+scheme = "int4"
+group_size = 64
+[[rule]]
+targets = ["blocks:0..1"]
+dense = true
+[[rule]]
+targets = ["down_proj"]
+sparsity = "none"
+quantize = "int8"
+[[rule]]
+targets = ["o_proj"]
+quantize = "none"
+[[rule]]
+targets = ["k_proj"]
+sparsity = "50%"
+group_size = 32
+"""
+# Arguments of `convert`, the formats that come out, and the linears of the fixture's 28 that are quantized.
+CONVERSIONS = [
+    (["--quantize", "int4", "--group-size", "32"], {"pack-quantized"}, 28),
+    (["--quantize", "int4", "--group-size", "32", "--asymmetric", "--act-order"], {"pack-quantized"}, 28),
+    (["--quantize", "int8"], {"int-quantized"}, 28),
+    (["--quantize", "int3", "--group-size", "64", "--asymmetric"], {"pack-quantized"}, 28),
+    (["--quantize", "f8_e4m3"], {"float-quantized"}, 28),
+    (["--recipe", "RULES"], {"pack-quantized", "int-quantized"}, 18),
+    (["--quantize", "int4", "--group-size", "32", "--prune", "sparsegpt", "--sparsity", "2:4"], {"pack-quantized"}, 28),
 ]
 
 
@@ -63,7 +101,44 @@ def compare(quantized, dense):
     check(torch.equal(*tokens) and tokens[0].shape[1] > ids.shape[1], f"{groups}: generates the same tokens")
 
 
+def stored_formats(directory):
+    """How many linears each format of the configuration stores; each has codes in the file and nothing else has."""
+    groups = json.loads((directory / "config.json").read_text())["quantization_config"]["config_groups"].values()
+    with safe_open(directory / "model.safetensors", "pt") as file:
+        coded = sorted(name.removesuffix("_scale") for name in file.keys() if name.endswith(".weight_scale"))
+    modules = [name.removesuffix(".weight") for name in coded]
+    named = [target for group in groups for target in group["targets"]]
+    if named != ["Linear"]:
+        check(sorted(named) == modules, f"config_groups name the {len(modules)} quantized linears one by one")
+    return {group["format"] for group in groups}, coded
+
+
+def converted(program):
+    """Outputs of `sparsepack convert --format compressed-tensors`."""
+
+    def sparsepack(*args):
+        subprocess.run([program, "--quiet", *args], check=True, stdout=subprocess.DEVNULL)
+
+    calibration = ["--samples", "8", "--seq-len", "64", "--calibration", FIXTURES / "text/calibration.txt"]
+    for args, formats, count in CONVERSIONS:
+        with tempfile.TemporaryDirectory() as work:
+            quantized, dense, recipe = (Path(work) / name for name in ("quantized", "dense", "rules.toml"))
+            recipe.write_text(RULES)
+            args = [recipe if arg == "RULES" else arg for arg in args]
+            sparsepack("convert", FIXTURES / "model", "-o", quantized, "--format", "compressed-tensors", *args, *calibration)
+            sparsepack("convert", quantized, "-o", dense, "--format", "safetensors")
+            found, coded = stored_formats(quantized)
+            check((found, len(coded)) == (formats, count), f"{len(coded)} linears stored as {sorted(found)}")
+            if "--prune" in args:
+                values = load_file(dense / "model.safetensors")
+                kept = max((values[name].view(-1, 4) != 0).sum(-1).max().item() for name in coded)
+                check(kept == 2, "two of four codes stand for zero in every group")
+            compare(quantized, dense)
+
+
 def main():
+    if sys.argv[1] == "--program":
+        return converted(sys.argv[2])
     if sys.argv[1] != "--example":
         return compare(Path(sys.argv[1]), Path(sys.argv[2]))
     for grids in GRIDS:
