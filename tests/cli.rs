@@ -561,6 +561,10 @@ plan_errors! {
     quantize_asymmetric_blocks: [
         "--quantize", "q4_0", "--asymmetric", "--quantizer", "rtn", "--format", "gguf"
     ];
+    candidates_without_budget: ["--candidates", "int4"];
+    budget_in_a_plan: [
+        "--target-bits", "4", "--calibration", "fixtures/text/calibration.txt", "--format", "packed"
+    ];
     quantize_act_order_to_nearest: [
         "--quantize", "int4", "--quantizer", "rtn", "--act-order", "--format", "packed"
     ];
@@ -620,6 +624,31 @@ recipe_errors! {
         "[quantize]\nscheme = 'int4'\nmethod = 'rtn'\ntargets = ['model.embed_tokens']\n\
          [output]\nformat = 'packed'\n";
     recipe_json_is_no_manifest: "{ \"tensors\": [] }";
+}
+
+fn convert_error(name: &str, args: &[&str]) {
+    let dir = Dir::new();
+    let command = convert(&model(), &dir.join("out")).args(args);
+    expect_error(name, 2, &dir, command);
+}
+
+#[test]
+fn budget_beside_pruning() {
+    let prune = ["--prune", "magnitude", "--sparsity", "2:4", "--target-bits", "4"];
+    convert_error("budget_beside_pruning", &prune);
+}
+
+#[test]
+fn budget_without_text() {
+    convert_error("budget_without_text", &["--target-bits", "4", "--format", "packed"]);
+}
+
+#[test]
+fn budget_too_small() {
+    let budget = ["--target-bits", "1.5", "--format", "packed", "--candidates", "int4"];
+    let text = ["--group-size", "32", "--samples", "2", "--seq-len", "32", "--calibration"];
+    let text = [&text[..], &["fixtures/text/calibration.txt"]].concat();
+    convert_error("budget_too_small", &[&budget[..], &text].concat());
 }
 
 #[test]

@@ -188,3 +188,46 @@ fn rules_give_layers_grids_and_patterns_of_their_own() {
     assert_eq!(encoding("1.self_attn.o"), "2:4 BF16");
     assert_eq!(encoding("1.self_attn.k"), "bitmask int4 g32 BF16");
 }
+
+/// Stored bits per weight of the linears.
+fn linear_bits(manifest: &Manifest) -> f64 {
+    let linears = manifest.tensors.iter().filter(|tensor| tensor.name.ends_with("_proj.weight"));
+    let (mut bits, mut weights) = (0, 0);
+    for tensor in linears {
+        bits += tensor.components.iter().map(|component| component.bytes * 8).sum::<u64>();
+        weights += tensor.shape.iter().map(|&n| n as u64).product::<u64>();
+    }
+    bits as f64 / weights as f64
+}
+
+#[test]
+fn a_size_budget_is_kept_and_used() {
+    let dir = Dir::new();
+    let (out, again) = (dir.join("out"), dir.join("again"));
+    let budget = ["--format", "packed", "--target-bits", "3.4", "--group-size", "32"];
+    let candidates = ["--candidates", "int6,int4,int3,2:4 int4,50% int3"];
+    let manifest = quantize(&out, &[&budget[..], &candidates].concat());
+    let bits = linear_bits(&manifest);
+    assert!(bits <= 3.4 && bits > 3.3, "{bits}");
+    let mut kinds: Vec<String> =
+        manifest.tensors.iter().map(|tensor| tensor.encoding.to_string()).collect();
+    kinds.sort();
+    kinds.dedup();
+    // Dense norms and embeddings, and at least two of the candidates.
+    assert!(kinds.len() >= 3, "{kinds:?}");
+    // What was chosen stands in the manifest, and is not measured again.
+    assert_eq!(manifest.recipe.budget, None);
+    convert(&fixture("model"), &again).arg("--recipe").arg(out.join("manifest.json")).succeeds();
+    let read = |out: &Path| std::fs::read(out.join("model.safetensors")).unwrap();
+    assert!(read(&again) == read(&out));
+}
+
+#[test]
+fn a_gguf_budget_mixes_block_types() {
+    let dir = Dir::new();
+    let out = dir.join("out");
+    let budget = ["--format", "gguf", "--target-bits", "5.2", "--candidates", "q8_0,q5_0,q4_0"];
+    let manifest = quantize(&out, &budget);
+    let bits = linear_bits(&manifest);
+    assert!(bits <= 5.2 && bits > 4.8, "{bits}");
+}

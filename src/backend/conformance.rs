@@ -6,6 +6,7 @@
 use half::bf16;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use sparsepack_formats::{DType, encoding::IntGrid};
 
 use super::*;
 
@@ -764,6 +765,108 @@ macro_rules! backend_tests {
     };
 }
 
+fn columns_are_permuted_and_zeros_copied<B: Backend>(t: &Instance<B>) {
+    let rng = &mut rng(5);
+    let (rows, n) = (37, 21);
+    let order: Vec<usize> = (0..n).map(|i| i * 8 % n).collect();
+    let w = random(rng, rows * n);
+    let permuted = t.backend.permute_columns(&t.upload(&w, rows, n), &order).unwrap();
+    let expected: Vec<f32> =
+        w.chunks(n).flat_map(|row| order.iter().map(|&column| row[column])).collect();
+    assert_eq!(t.download(&permuted), expected);
+
+    let h = positive_definite(rng, n);
+    let at = |i: usize, j: usize| h[i.max(j) * n + i.min(j)];
+    let permuted = t.backend.permute_symmetric(&t.upload(&h, n, n), &order).unwrap();
+    let found = t.download(&permuted);
+    for i in 0..n {
+        for j in 0..=i {
+            assert_eq!(found[i * n + j], at(order[i], order[j]), "{i}, {j}");
+        }
+    }
+    for bad in [vec![0; n - 1], vec![n; n]] {
+        assert!(t.backend.permute_columns(&t.upload(&w, rows, n), &bad).is_err());
+        assert!(t.backend.permute_symmetric(&t.upload(&h, n, n), &bad).is_err());
+    }
+
+    let mask: Vec<f32> = w.iter().map(|w| if *w < 0.0 { 0.0 } else { 1.0 }).collect();
+    let mut zeroed = t.upload(&w, rows, n);
+    t.backend.copy_zeros(&mut zeroed, &t.upload(&mask, rows, n)).unwrap();
+    let expected: Vec<f32> = w.iter().map(|w| w.max(0.0)).collect();
+    assert_eq!(t.download(&zeroed), expected);
+}
+
+/// Integers of four bits with a scale for 16 columns, as f32 so that nothing else is rounded.
+fn int4(cols: usize) -> Grid {
+    let group_size = Some((cols / 2) as u32);
+    let grid = IntGrid { bits: 4, group_size, symmetric: true, scale: DType::F32 };
+    Grid::Int { grid, search: ScaleSearch::Mse }
+}
+
+fn rounding_takes_the_nearest_value<B: Backend>(t: &Instance<B>) {
+    for (rows, cols) in [(1, 32), (67, 64), (130, 32)] {
+        let w = random(&mut rng(rows), rows * cols);
+        let mut matrix = t.upload(&w, rows, cols);
+        let mut rounding = Rounding::new(int4(cols), rows, cols);
+        t.backend.choose_scales(&matrix, None, &mut rounding).unwrap();
+        t.backend.round(&mut matrix, &mut rounding).unwrap();
+        let Scales::Groups { scales, .. } = &rounding.scales else { panic!("groups") };
+        for (i, (rounded, w)) in t.download(&matrix).iter().zip(&w).enumerate() {
+            let scale = scales[i / cols * 2 + i % cols / (cols / 2)];
+            let code = rounding.codes[i];
+            assert_eq!(*rounded, scale * f32::from(code));
+            let nearest = (w / scale).round().clamp(-8.0, 7.0);
+            assert_eq!(nearest, f32::from(code));
+        }
+        // What lies on the grid stays where it is.
+        let before = t.download(&matrix);
+        t.backend.round(&mut matrix, &mut rounding).unwrap();
+        assert_eq!(t.download(&matrix), before);
+    }
+    let mut wrong = Rounding::new(int4(64), 3, 64);
+    assert!(t.backend.choose_scales(&t.upload(&[0.0; 64], 2, 32), None, &mut wrong).is_err());
+}
+
+/// Scales are fixed, so that the codes alone are compared.
+fn obs_sweep_rounds_and_feeds_errors_on<B: Backend>(t: &Instance<B>) {
+    let (rows, cols) = (70, 64);
+    let rng = &mut rng(9);
+    let (w, u) = (random(rng, rows * cols), upper_factor(rng, cols));
+    let mut matrix = t.upload(&w, rows, cols);
+    let mut rounding = Rounding::new(int4(cols), rows, cols);
+    t.backend.choose_scales(&matrix, None, &mut rounding).unwrap();
+    rounding.fix_scales();
+    let Scales::Groups { scales, .. } = rounding.scales.clone() else { panic!("groups") };
+    let factor = t.upload(&u, cols, cols);
+    let rule = SweepRule::Nothing;
+    let err =
+        t.backend.obs_sweep(&mut matrix, &factor, 0..cols, rule, Some(&mut rounding)).unwrap();
+    let (found, errors) = (t.download(&matrix), t.download(&err));
+    let mut close = 0;
+    for row in 0..rows {
+        let mut now: Vec<f64> = w[row * cols..][..cols].iter().map(|w| f64::from(*w)).collect();
+        for j in 0..cols {
+            let scale = f64::from(scales[row * 2 + j / (cols / 2)]);
+            let exact = now[j] / scale;
+            let code = f64::from(rounding.codes[row * cols + j]);
+            // In f32 a value on the border may go either way; the naive sweep follows.
+            assert!((exact - code).abs() < 0.5 + 1e-3 || code == -8.0 || code == 7.0, "{row}, {j}");
+            close += usize::from((exact - code).abs() > 0.499);
+            let value = scale * code;
+            assert!((f64::from(found[row * cols + j]) - value).abs() < 1e-6);
+            let error = (now[j] - value) / f64::from(u[j * cols + j]);
+            assert!((f64::from(errors[row * cols + j]) - error).abs() < 1e-3, "{row}, {j}");
+            for (k, now) in now.iter_mut().enumerate().skip(j + 1) {
+                *now -= error * f64::from(u[j * cols + k]);
+            }
+        }
+    }
+    assert!(close < rows * cols / 50, "{close} codes on a border");
+    // A block that cuts groups whose scales are still to be chosen.
+    let mut cut = Rounding::new(int4(cols), rows, cols);
+    assert!(t.backend.obs_sweep(&mut matrix, &factor, 0..16, rule, Some(&mut cut)).is_err());
+}
+
 macro_rules! every_operation {
     ($instance:ident, $arithmetic:expr) => {
         backend_tests! {
@@ -773,7 +876,8 @@ macro_rules! every_operation {
             activations_match_their_formulas, fused_linears_equal_their_parts, token_nll_is_log_sum_exp,
             gram_is_the_lower_triangle_of_xtx, column_statistics, diagonals_and_columns,
             inverse_factor_inverts, zero_lowest_counts_exactly, obs_sweep_follows_algorithm_1,
-            quadratic_form_sums_rows, ceiling_is_positive,
+            quadratic_form_sums_rows, ceiling_is_positive, columns_are_permuted_and_zeros_copied,
+            rounding_takes_the_nearest_value, obs_sweep_rounds_and_feeds_errors_on,
         }
     };
 }
