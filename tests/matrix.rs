@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, fmt::Write as _, fs};
 
 use sparsepack::{pipeline::supports, recipe::OutputFormat};
-use sparsepack_formats::{DType, Encoding, GgmlType};
+use sparsepack_formats::{DType, Encoding, GgmlType, IntGrid, Kept};
 
 use crate::harness::root;
 
@@ -94,6 +94,7 @@ fn rows() -> Vec<Row> {
             ],
         ),
     ];
+    rows.extend(quantized_rows(dtype, kept));
     for (key, ty) in [
         ("q8_0", GgmlType::Q8_0),
         ("q6_k", GgmlType::Q6_K),
@@ -109,6 +110,44 @@ fn rows() -> Vec<Row> {
         rows.push(row(key, what, Encoding::Ggml { ty }, loaders));
     }
     rows
+}
+
+/// Codes on grids with BF16 scales.
+fn quantized_rows(scale: DType, kept: u64) -> Vec<Row> {
+    const PACKED: &[(OutputFormat, &str)] =
+        &[(OutputFormat::Packed, OURS), (OutputFormat::Zst, OURS)];
+    const COMPRESSED_TENSORS: &[(OutputFormat, &str)] = &[
+        (
+            OutputFormat::CompressedTensors,
+            "transformers 5.17 with compressed-tensors 0.20 (`.ci/quantized.py`); sparsepack; `python/`",
+        ),
+        (OutputFormat::Zst, OURS),
+    ];
+    let grid = |bits, group_size| IntGrid { bits, group_size, symmetric: true, scale };
+    let (int4, int8) = (grid(4, Some(128)), grid(8, None));
+    let packed = |grid, kept| Encoding::Int { grid, kept };
+    let every = "any, codes of zeros stored";
+    [
+        ("int4 g128", every, packed(int4, Kept::All), PACKED),
+        ("2:4 int4 g128", "2:4", packed(int4, Kept::Sparse24), PACKED),
+        ("4:8 int4 g128", "n:m, here 4:8", packed(int4, Kept::Nm { n: 4, m: 8 }), PACKED),
+        ("bitmask int4 g128", "any, here 50 %", packed(int4, Kept::Bitmask { kept }), PACKED),
+        ("int8", every, packed(int8, Kept::All), PACKED),
+        (
+            "pack-quantized int4 g128",
+            every,
+            Encoding::CtPackQuantized { grid: int4 },
+            COMPRESSED_TENSORS,
+        ),
+        ("int-quantized int8", every, Encoding::CtIntQuantized { grid: int8 }, COMPRESSED_TENSORS),
+        ("float-quantized", every, Encoding::CtFloatQuantized { scale }, COMPRESSED_TENSORS),
+    ]
+    .map(|(key, what, encoding, loaders)| {
+        // The name is the one that reports print, without the type of the scales.
+        assert_eq!(encoding.to_string(), format!("{key} {scale}"));
+        Row { key, what, encoding, loaders }
+    })
+    .into()
 }
 
 fn bits_per_weight(encoding: Encoding) -> f64 {

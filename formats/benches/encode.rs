@@ -9,7 +9,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use sparsepack_formats::{DType, Encoder, Encoding};
+use sparsepack_formats::{
+    DType, Encoder, Encoding, QuantizedRows,
+    encoding::{IntGrid, Kept},
+};
 
 /// How long a row of the table is measured.
 const BUDGET: Duration = Duration::from_millis(300);
@@ -19,6 +22,9 @@ const SHAPE: [usize; 2] = [4096, 3840];
 
 /// Rows encoded and decoded at a time, as conversions do.
 const CHUNK_ROWS: usize = 128;
+
+/// Whether an element is other than 0, by row and column.
+type Keep = fn(usize, usize) -> bool;
 
 fn main() {
     for dtype in [DType::Bf16, DType::F32, DType::I8] {
@@ -31,17 +37,18 @@ fn main() {
             black_box(&mut target);
         });
         println!("  {:<24} encode {copy:>6.2}                decode {copy:>6.2}", "memcpy");
-        let half = |row: usize, col: usize| hash(row * SHAPE[1] + col) & 1 == 0;
         let kept = count(half);
         for (encoding, keep) in cases(dtype, kept) {
             let dense = match keep {
-                Some((n, m)) => matrix(dtype, move |row, col| {
-                    // A rotation of n neighbours in each group.
-                    (col + hash(row * SHAPE[1] + col / m)) % m < n
-                }),
+                Some((n, m)) => matrix(dtype, move |row, col| rotated(row, col, n, m)),
                 None => matrix(dtype, half),
             };
             measure(encoding, &dense, copy);
+        }
+        if dtype == DType::Bf16 {
+            for (encoding, keep) in quantized_cases(kept) {
+                measure_codes(encoding, keep, copy);
+            }
         }
     }
 }
@@ -66,26 +73,80 @@ fn cases(dtype: DType, kept: u64) -> Vec<(Encoding, Option<(usize, usize)>)> {
     cases
 }
 
+/// Encodings of codes for BF16 values, with the pattern to measure each on; every code is other than 0
+/// without one.
+fn quantized_cases(room: u64) -> Vec<(Encoding, Keep)> {
+    let grid = |bits, group_size| IntGrid { bits, group_size, symmetric: true, scale: DType::Bf16 };
+    let int4 = |kept| Encoding::Int { grid: grid(4, Some(128)), kept };
+    let every: Keep = |_, _| true;
+    vec![
+        (int4(Kept::All), every),
+        (int4(Kept::Sparse24), |row, col| rotated(row, col, 2, 4)),
+        (int4(Kept::Nm { n: 4, m: 8 }), |row, col| rotated(row, col, 4, 8)),
+        (int4(Kept::Bitmask { kept: room }), half),
+        (Encoding::Int { grid: grid(8, None), kept: Kept::All }, every),
+        (Encoding::CtPackQuantized { grid: grid(4, Some(128)) }, every),
+        (Encoding::CtIntQuantized { grid: grid(8, None) }, every),
+        (Encoding::CtFloatQuantized { scale: DType::Bf16 }, every),
+    ]
+}
+
+fn measure_codes(encoding: Encoding, keep: Keep, copy: f64) {
+    let [rows, cols] = SHAPE;
+    // 1 to 7 are on every grid measured, as bits of an 8-bit float too.
+    let code = |index: usize| {
+        if keep(index / cols, index % cols) { (index % 7) as i8 + 1 } else { 0 }
+    };
+    let codes: Vec<i8> = (0..rows * cols).map(code).collect();
+    let groups = match encoding {
+        Encoding::Int { grid, .. } | Encoding::CtPackQuantized { grid } => {
+            grid.groups("w.weight", cols).unwrap()
+        }
+        _ => 1,
+    };
+    let scales = vec![0.5; CHUNK_ROWS * groups];
+    measure_with(encoding, rows * cols * 2, copy, |encoder, append| {
+        for codes in codes.chunks(CHUNK_ROWS * cols) {
+            let rows = QuantizedRows { codes, scales: &scales, zero_points: &[] };
+            append(encoder.quantized_rows(rows).unwrap());
+        }
+    });
+}
+
 fn measure(encoding: Encoding, dense: &[u8], copy: f64) {
     let row_bytes = dense.len() / SHAPE[0];
+    measure_with(encoding, dense.len(), copy, |encoder, append| {
+        for chunk in dense.chunks(CHUNK_ROWS * row_bytes) {
+            append(encoder.rows(chunk).unwrap());
+        }
+    });
+}
+
+/// Prints the row of one encoding of `bytes` dense bytes; `feed` gives an encoder all rows, and
+/// `append` takes what comes out.
+fn measure_with(
+    encoding: Encoding,
+    bytes: usize,
+    copy: f64,
+    feed: impl Fn(&mut Encoder, &mut dyn FnMut(Vec<Vec<u8>>)),
+) {
     let encode = || {
         let mut encoder = Encoder::new(encoding, "w.weight", &SHAPE).unwrap();
         let mut parts = vec![vec![]; encoding.components("w.weight", &SHAPE).unwrap().len()];
-        for chunk in dense.chunks(CHUNK_ROWS * row_bytes) {
-            for (part, more) in parts.iter_mut().zip(encoder.rows(chunk).unwrap()) {
+        let mut append = |more: Vec<Vec<u8>>| {
+            for (part, more) in parts.iter_mut().zip(more) {
                 part.push(more);
             }
-        }
-        for (part, more) in parts.iter_mut().zip(encoder.finish().unwrap()) {
-            part.push(more);
-        }
+        };
+        feed(&mut encoder, &mut append);
+        append(encoder.finish().unwrap());
         parts
     };
-    let encoded = rate(dense.len(), &encode);
+    let encoded = rate(bytes, &encode);
     let parts: Vec<Vec<u8>> = encode().iter().map(|part| part.concat()).collect();
     let parts: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
     let mut out = vec![];
-    let decoded = rate(dense.len(), || {
+    let decoded = rate(bytes, || {
         for row in (0..SHAPE[0]).step_by(CHUNK_ROWS) {
             out.clear();
             let rows = row..row + CHUNK_ROWS;
@@ -111,6 +172,16 @@ fn matrix(dtype: DType, keep: impl Fn(usize, usize) -> bool) -> Vec<u8> {
         }
     }
     bytes
+}
+
+/// Whether half of the elements at random have this one.
+fn half(row: usize, col: usize) -> bool {
+    hash(row * SHAPE[1] + col) & 1 == 0
+}
+
+/// Whether a rotation of `n` neighbours in each group of `m` has this one.
+fn rotated(row: usize, col: usize, n: usize, m: usize) -> bool {
+    (col + hash(row * SHAPE[1] + col / m)) % m < n
 }
 
 fn count(keep: impl Fn(usize, usize) -> bool) -> u64 {
