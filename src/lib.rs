@@ -12,7 +12,7 @@
 //! * [`pipeline::convert`] runs the plan block by block; [`pipeline::verify`],
 //!   [`pipeline::unpack`] and [`eval::PerplexityJob`] look at the result.
 //!
-//! Reading order for newcomers: `pipeline/run.rs`, `pipeline/stages.rs`, `compress/sparsegpt.rs`,
+//! Reading order for newcomers: `pipeline/run.rs`, `pipeline/stages.rs`, `compress/obs.rs`,
 //! then `encoding/sparse24.rs` in the formats crate.
 
 pub mod backend;

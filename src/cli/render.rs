@@ -161,6 +161,16 @@ pub(super) fn converted(
             ratio(totals.pruned_parameters - totals.zeroed, totals.pruned_parameters)
         )?;
     }
+    if totals.quantized_parameters > 0 {
+        writeln!(
+            text,
+            "  quantized       {} weights in {} ({:.3} bits a weight)",
+            count(totals.quantized_parameters),
+            bytes(totals.quantized_bytes),
+            totals.quantized_bytes as f64 * 8.0 / totals.quantized_parameters as f64
+        )?;
+    }
+    output_errors(&mut text, &converted.manifest)?;
     readers_line(&mut text, plan)?;
     writeln!(text, "  source          {:>10}", bytes(plan.source_bytes))?;
     fallbacks(&mut text, plan)?;
@@ -222,6 +232,26 @@ fn zeros_lost(manifest: &Manifest) -> Vec<ZerosLost<'_>> {
             Some(ZerosLost { tensor: &tensor.name, zeroed, stored_zeros })
         })
         .collect()
+}
+
+/// Relative output errors of the solved layers: their mean, the worst, and what rounding to nearest
+/// would have cost.
+fn output_errors(text: &mut impl Write, manifest: &Manifest) -> io::Result<()> {
+    let reports = || manifest.tensors.iter().filter_map(|tensor| tensor.report.as_ref());
+    let errors: Vec<(f64, &str)> = reports()
+        .filter_map(|report| Some((report.relative_error?, report.layer.as_str())))
+        .collect();
+    let Some((worst, layer)) = errors.iter().max_by(|a, b| a.0.total_cmp(&b.0)) else {
+        return Ok(());
+    };
+    let mean = errors.iter().map(|(error, _)| error).sum::<f64>() / errors.len() as f64;
+    write!(text, "  output error    {mean:.4} on average, at most {worst:.4} ({layer})")?;
+    let nearest: Vec<f64> = reports().filter_map(|report| report.nearest_error).collect();
+    if !nearest.is_empty() {
+        let mean = nearest.iter().sum::<f64>() / nearest.len() as f64;
+        write!(text, "; rounded to nearest {mean:.4}")?;
+    }
+    writeln!(text)
 }
 
 /// The sum of [`zeros_lost`].

@@ -344,8 +344,9 @@ impl<B: Backend> StageContext<'_, B> {
                 if hessian { factor_flops(features) } else { 0.0 },
             );
             times.charge(Phase::Sweep, spent.sweep_secs, if hessian { sweep } else { 0.0 });
-            // Two quadratic forms of a triangle each.
-            times.charge(Phase::Error, spent.error_secs, if hessian { 2.0 * sweep } else { 0.0 });
+            // Two quadratic forms of a triangle each, and a third of what rounding to nearest gives.
+            let forms = if way.quantize.is_some() { 3.0 } else { 2.0 };
+            times.charge(Phase::Error, spent.error_secs, if hessian { forms * sweep } else { 0.0 });
         }
         Ok(all)
     }
