@@ -14,8 +14,11 @@ use sparsepack_formats::{
     encoding::{IntGrid, Kept},
 };
 
-/// How long a row of the table is measured.
-const BUDGET: Duration = Duration::from_millis(300);
+/// How often a number of the table is measured.
+const ROUNDS: usize = 3;
+
+/// How long each time: many ticks of the scheduler, at which processor time advances.
+const ROUND: Duration = Duration::from_millis(120);
 
 /// Larger than a core's caches in every type (16 to 63 MB), and columns that many groups divide.
 const SHAPE: [usize; 2] = [4096, 3840];
@@ -193,19 +196,22 @@ fn hash(index: usize) -> usize {
     (index as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15) as usize >> 40
 }
 
-/// GB/s of the fastest repetition, by processor time where the system tells it, so that other work
-/// on the machine counts less.
+/// GB/s of the fastest round, by processor time where the system tells it, so that other work on the
+/// machine counts less.
 fn rate<R>(bytes: usize, mut work: impl FnMut() -> R) -> f64 {
-    let start = Instant::now();
     let mut best = f64::MAX;
-    while start.elapsed() < BUDGET {
-        let round = (Instant::now(), processor_secs());
-        black_box(work());
-        let secs = match (round.1, processor_secs()) {
-            (Some(before), Some(after)) => after - before,
-            _ => round.0.elapsed().as_secs_f64(),
-        };
-        best = best.min(secs);
+    for _ in 0..ROUNDS {
+        let (start, before) = (Instant::now(), processor_secs());
+        let (mut secs, mut count) = (0.0, 0.0);
+        while secs < ROUND.as_secs_f64() {
+            black_box(work());
+            count += 1.0;
+            secs = match (before, processor_secs()) {
+                (Some(before), Some(now)) => now - before,
+                _ => start.elapsed().as_secs_f64(),
+            };
+        }
+        best = best.min(secs / count);
     }
     bytes as f64 / best / 1e9
 }
