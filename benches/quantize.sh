@@ -45,6 +45,11 @@ done
 for sparsity in 50% 2:4 4:8; do
     prune=(--prune sparsegpt --sparsity $sparsity "${calibrated[@]}")
     row "$sparsity" "${prune[@]}" --format packed
+    if [[ "$sparsity, then int4" =~ $filter ]]; then
+        rm -rf "$work/pruned"
+        "$sparsepack" --quiet convert "$model" -o "$work/pruned" "${prune[@]}" --format packed > /dev/null
+        model=$work/pruned row "$sparsity, then int4" --quantize int4 "${g64[@]}" "${calibrated[@]}"
+    fi
     row "$sparsity, damping as published" "${prune[@]}" --format packed --damping mean --damp 0.01
     row "$sparsity + int8" "${prune[@]}" --quantize int8 --format packed
     row "$sparsity + int4" "${prune[@]}" --quantize int4 "${g64[@]}"
