@@ -219,6 +219,28 @@ mod tests {
     }
 
     #[test]
+    fn scales_beyond_their_type_are_refused() {
+        let b = Cpu::new(Precision::F32, Some(1)).unwrap();
+        let mut w = weights();
+        w[3 * SHAPE[1] + 7] = 1e9;
+        let options = GridOptions { group_size: None, symmetric: true, scales: ScaleSearch::Mse };
+        for (scheme, dtype, text) in [
+            (Scheme::Block(GgmlType::Q4_0), DType::F16, "Q4_0 cannot hold the scales"),
+            (Scheme::Block(GgmlType::Q4_K), DType::F16, "Q4_K cannot hold the scales"),
+            (Scheme::Int(4), DType::F16, "the scale is inf"),
+        ] {
+            let grid = scheme.grid(options, dtype).unwrap();
+            let mut rounding = Rounding::new(grid, SHAPE[0], SHAPE[1]);
+            let mut matrix = b.upload(&w, SHAPE[0], SHAPE[1]).unwrap();
+            b.choose_scales(&matrix, None, &mut rounding).unwrap();
+            b.round(&mut matrix, &mut rounding).unwrap();
+            let output = output(encodings(grid)[0], None);
+            let error = encode_rounded(&output, &rounding).unwrap_err().to_string();
+            assert!(error.contains(text), "{scheme}: {error}");
+        }
+    }
+
+    #[test]
     fn a_search_is_never_worse_than_the_plain_scale() {
         let b = Cpu::new(Precision::F32, Some(1)).unwrap();
         let w = weights();

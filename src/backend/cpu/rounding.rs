@@ -278,7 +278,8 @@ fn reaching(block: Group<'_>, grid: BlockGrid) -> Vec<f32> {
     block.extremes().iter().map(scale).collect()
 }
 
-/// A scale for the scales of each row of a block, and these rounded under it.
+/// A scale for the scales of each row of a block, and these rounded under it. One beyond binary16 is
+/// infinite, which encoding refuses.
 #[inline(always)]
 fn block_scales(block: Group<'_>, grid: BlockGrid, how: ScaleSearch) -> Vec<BlockScales> {
     let groups: Vec<(Vec<f32>, Vec<f32>)> = match (how, grid.scales) {
@@ -289,7 +290,7 @@ fn block_scales(block: Group<'_>, grid: BlockGrid, how: ScaleSearch) -> Vec<Bloc
     };
     let row = |lane: usize| {
         let Some((low, high)) = grid.scales else {
-            let d = binary16(groups[0].0[lane]);
+            let d = f16::from_f32(groups[0].0[lane]);
             return BlockScales { d, scales: [1; MAX_GROUPS], ..BlockScales::default() };
         };
         let mut largest = (0.0f32, 0.0f32);
@@ -300,9 +301,9 @@ fn block_scales(block: Group<'_>, grid: BlockGrid, how: ScaleSearch) -> Vec<Bloc
         // Signed scales reach one further below zero than above.
         let reach = if low < 0 { f32::from(low) } else { f32::from(high) };
         let (d, dmin) = (
-            binary16(largest.0 / reach),
+            f16::from_f32(largest.0 / reach),
             match grid.mins {
-                Some(top) => binary16(largest.1 / f32::from(top)),
+                Some(top) => f16::from_f32(largest.1 / f32::from(top)),
                 None => f16::ZERO,
             },
         );
@@ -355,11 +356,6 @@ fn integer(value: f32, d: f16, low: i8, high: i8) -> i8 {
     let d = d.to_f32();
     let whole = if d == 0.0 { 0.0 } else { nearest(limited(value / d, -256.0, 256.0)) };
     whole.clamp(f32::from(low), f32::from(high)) as i8
-}
-
-/// The nearest finite binary16 value.
-fn binary16(value: f32) -> f16 {
-    f16::from_f32(limited(value, -65504.0, 65504.0))
 }
 
 /// Chooses the scales of every group of `w`.
