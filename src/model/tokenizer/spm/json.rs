@@ -14,11 +14,20 @@ use super::{
     is_symbol, runs_of_one, splits,
 };
 
-/// Whether this is BPE that spells bytes as tokens of their own.
+/// Whether this is BPE that spells bytes as tokens of their own. Byte-level BPE has a character for each
+/// byte and never falls back, whatever its `byte_fallback` says (transformers sets it for GGUF files).
 pub(in super::super) fn is_sentencepiece(tokenizer: &Value) -> bool {
     let model = &tokenizer["model"];
+    let spelled = model.pointer("/vocab/<0x0A>").is_some();
     model["type"] == "BPE"
-        && (model["byte_fallback"] == true || model.pointer("/vocab/<0x0A>").is_some())
+        && (spelled || (model["byte_fallback"] == true && !is_byte_level(tokenizer)))
+}
+
+fn is_byte_level(tokenizer: &Value) -> bool {
+    let splitter = &tokenizer["pre_tokenizer"];
+    let byte_level = |splitter: &Value| splitter["type"] == "ByteLevel";
+    let parts = splitter["pretokenizers"].as_array();
+    byte_level(splitter) || parts.is_some_and(|parts| parts.iter().any(byte_level))
 }
 
 /// The vocabulary with its added tokens. `settings`, from `tokenizer_config.json`, name the unknown token

@@ -147,6 +147,17 @@ fn other_forms_of_the_json_file() {
 }
 
 #[test]
+fn byte_level_vocabularies_are_not_sentencepiece() {
+    let model = json!({"type": "BPE", "byte_fallback": true, "vocab": {"a": 0}, "merges": []});
+    let level = json!({"type": "ByteLevel", "add_prefix_space": false});
+    let sequence = json!({"type": "Sequence", "pretokenizers": [{"type": "Digits"}, level]});
+    for pre_tokenizer in [level, sequence] {
+        assert!(!is_sentencepiece(&json!({"model": model, "pre_tokenizer": pre_tokenizer})));
+    }
+    assert!(is_sentencepiece(&json!({"model": model, "pre_tokenizer": null})));
+}
+
+#[test]
 fn json_files_that_merge_otherwise_are_refused() {
     let model = |key: &'static str, value: Value| {
         json_error(move |tokenizer| tokenizer["model"][key] = value)
