@@ -13,8 +13,8 @@ mkdir -p "$work"
 
 measure() {
     # -nr: without repacking, which some builds do for instructions that the processor lacks.
-    "$llama/llama-perplexity" -m "$1" -f "$texts/heldout.txt" -c 512 -nr 2>&1 |
-        sed -n 's/^Final estimate: PPL = \([0-9.]*\).*/\1/p'
+    "$llama/llama-perplexity" -m "$1" -f "$texts/heldout.txt" -c 512 --chunks "${CHUNKS:--1}" -nr 2>&1 |
+        sed -n 's/.*Final estimate: PPL = \([0-9.]*\).*/\1/p'
 }
 
 row() { echo "$1 | $(measure "$2") | $(stat -c %s "$2")"; }
