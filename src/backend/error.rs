@@ -29,6 +29,13 @@ pub enum BackendError {
         /// Index of the first pivot that is not positive.
         pivot: usize,
     },
+    /// A matrix has no eigenvectors to be found: it holds NaN or infinity, or the iteration does not
+    /// converge.
+    #[error("the eigenvectors of a matrix of {size} rows cannot be found")]
+    NoEigenvectors {
+        /// Rows of the matrix.
+        size: usize,
+    },
     /// Shapes that do not go together: a defect of the caller.
     #[error("{operation}: shapes do not fit: {detail}")]
     Shape {

@@ -6,6 +6,7 @@
 //! the backend at run time.
 
 mod block_ops;
+mod dense_ops;
 mod error;
 pub mod grid;
 mod solve_ops;
@@ -17,6 +18,7 @@ mod conformance;
 pub mod cpu;
 
 pub use block_ops::{Activation, AttentionShape, BlockOps, RopeTables, SequenceLens};
+pub use dense_ops::{Dense, DenseOps, Eigen};
 pub use error::{BackendError, Result};
 pub use grid::{Grid, Rounding, ScaleSearch, Scales};
 pub use solve_ops::{Selection, SolveOps, SweepRule};
@@ -24,8 +26,8 @@ pub use stat_ops::StatOps;
 pub use storage::{HostData, HostMatrix, Storage};
 
 /// Everything a conversion needs from a device.
-pub trait Backend: BlockOps + StatOps + SolveOps {}
-impl<T: BlockOps + StatOps + SolveOps> Backend for T {}
+pub trait Backend: BlockOps + StatOps + SolveOps + DenseOps {}
+impl<T: BlockOps + StatOps + SolveOps + DenseOps> Backend for T {}
 
 /// Arithmetic of matrix products.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -8,10 +8,10 @@ use clap::{Args, ValueEnum, ValueHint};
 use super::CliError;
 use crate::{
     backend::{Device, DeviceOptions, Precision, ScaleSearch},
-    compress::{Candidate, Damping, GroupSize, Method, Quantizer, Scheme, Sparsity},
+    compress::{Basis, Candidate, Damping, GroupSize, Method, Quantizer, Scheme, Sparsity},
     recipe::{
-        BlockRange, BudgetRecipe, OutputFormat, PruneRecipe, QuantizeRecipe, Recipe, RecipeError,
-        Selector, Sequential, WeightDType,
+        BlockRange, BudgetRecipe, OutputFormat, Percent, PruneRecipe, QuantizeRecipe, Recipe,
+        RecipeError, Selector, Sequential, SliceRecipe, WeightDType,
     },
 };
 
@@ -72,6 +72,9 @@ pub(super) struct RecipeArgs {
     recipe: Option<PathBuf>,
 
     #[command(flatten)]
+    slice: SliceArgs,
+
+    #[command(flatten)]
     prune: PruneArgs,
 
     #[command(flatten)]
@@ -85,6 +88,26 @@ pub(super) struct RecipeArgs {
 
     #[command(flatten)]
     output: FormatArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Slicing")]
+struct SliceArgs {
+    /// Share of the hidden size to leave out, like 20%.
+    #[arg(long, value_name = "PERCENT", conflicts_with = "slice_width")]
+    slice: Option<Percent>,
+    /// Hidden size to keep, instead of a share to leave out.
+    #[arg(long, value_name = "COLUMNS")]
+    slice_width: Option<usize>,
+    /// Round the width that --slice gives down to a multiple of this [default: 64].
+    #[arg(long, value_name = "COLUMNS")]
+    slice_multiple: Option<usize>,
+    /// One basis for a model that stock programs load, or one a block [default: shared].
+    #[arg(long, value_name = "BASIS")]
+    basis: Option<Basis>,
+    /// Slice the output matrix too, with --basis block.
+    #[arg(long)]
+    slice_head: bool,
 }
 
 #[derive(Debug, Args)]
@@ -205,6 +228,7 @@ impl RecipeArgs {
             Some(path) => Recipe::read(path)?,
             None => Recipe::default(),
         };
+        self.slice.apply(&mut recipe)?;
         self.prune.apply(&mut recipe)?;
         self.quantize.apply(&mut recipe)?;
         self.solver.apply(&mut recipe)?;
@@ -229,6 +253,33 @@ impl RecipeArgs {
         recipe.output.allow_zero_loss |= self.output.allow_zero_loss;
         recipe.output.level = self.output.level.or(recipe.output.level);
         Ok(recipe)
+    }
+}
+
+impl SliceArgs {
+    fn apply(&self, recipe: &mut Recipe) -> Result<(), CliError> {
+        let asked = self.slice.is_some() || self.slice_width.is_some();
+        if recipe.slice.is_none() {
+            let flags = [
+                ("--slice-multiple", self.slice_multiple.is_some()),
+                ("--basis", self.basis.is_some()),
+                ("--slice-head", self.slice_head),
+            ];
+            match flags.into_iter().find(|(_, given)| *given) {
+                _ if asked => recipe.slice = Some(SliceRecipe::new(None, None)),
+                Some((flag, _)) => return Err(stray(flag, "slicing", "--slice PERCENT")),
+                None => return Ok(()),
+            }
+        }
+        if let Some(slice) = &mut recipe.slice {
+            if asked {
+                (slice.fraction, slice.width) = (self.slice, self.slice_width);
+            }
+            slice.multiple = self.slice_multiple.unwrap_or(slice.multiple);
+            slice.basis = self.basis.unwrap_or(slice.basis);
+            slice.head |= self.slice_head;
+        }
+        Ok(())
     }
 }
 

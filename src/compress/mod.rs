@@ -8,6 +8,7 @@ mod magnitude;
 mod nearest;
 mod obs;
 mod scheme;
+pub mod slicegpt;
 mod sparsity;
 mod wanda;
 
@@ -17,6 +18,7 @@ pub use magnitude::Magnitude;
 pub use nearest::Nearest;
 pub use obs::{Obs, column_blocks, sweep_layer};
 pub use scheme::{Choice, GridOptions, GroupSize, ParseSchemeError, Scheme};
+pub use slicegpt::Basis;
 pub use sparsity::{ParseSparsityError, Sparsity};
 pub use wanda::Wanda;
 

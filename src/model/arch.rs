@@ -56,6 +56,22 @@ pub enum Positions {
     },
 }
 
+/// What the class of a family in transformers makes of a hidden size that is not
+/// `num_attention_heads × head_dim` (checked with transformers 5.17).
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StockWidth {
+    /// Takes it.
+    Any,
+    /// Takes it where the heads divide it.
+    Heads {
+        /// Name of a family that computes the same, without biases, and takes any.
+        otherwise: String,
+    },
+    /// Computes `head_dim` from it.
+    Fixed,
+}
+
 /// Whether a linear has a bias.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -86,6 +102,8 @@ pub struct Architecture {
     pub mlp: MlpKind,
     /// Kind of positions.
     pub positions: Positions,
+    /// What the stock class makes of a hidden size that is not all heads together.
+    pub stock_width: StockWidth,
     /// Epsilon of the norms where no configuration key holds it.
     pub fixed_norm_eps: Option<f32>,
     /// Configuration keys whose names differ between families.

@@ -173,6 +173,14 @@ pub enum ModelError {
         /// The value.
         value: f32,
     },
+    /// A model whose hidden size cannot become another.
+    #[error("cannot slice: {class} {why}")]
+    CannotSlice {
+        /// Class of the model.
+        class: String,
+        /// What is in the way, and what can be done.
+        why: String,
+    },
     /// Rotary factors of a GGUF file that no setting of a Hugging Face configuration expresses.
     #[error(
         "the rotary frequency factors (rope_freqs.weight) do not follow from any llama3 setting, so config.json cannot express them"

@@ -10,9 +10,11 @@ pub mod config;
 mod embed;
 mod error;
 mod gguf;
+mod outline;
 mod roles;
 pub mod rope;
 mod row_order;
+mod sliced;
 pub mod source;
 pub mod tokenizer;
 
@@ -25,5 +27,6 @@ pub use gguf::{GgufSummary, gguf_metadata};
 pub use roles::{CapturePoint, Role, Space};
 pub(crate) use row_order::hf_row;
 pub use row_order::{from_gguf_rows, to_gguf_rows};
+pub use sliced::SlicedModel;
 pub use source::{GGUF_ROPE_FACTORS, GgufTensor, LayerNames, ModelSource, ModelTensor, TensorKind};
 pub use tokenizer::{Sidecar, SidecarContent, Tokenizer, sidecars};

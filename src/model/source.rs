@@ -11,8 +11,10 @@ use sparsepack_formats::{CheckpointReader, DType, Encoding, ModelMetadata, Tenso
 use super::arch::{Architecture, LinearSpec, NormSpec, Positions, TableSpec, in_block};
 use super::config::ModelConfig;
 use super::error::{ModelError, Result};
+use super::outline::Outline;
 use super::roles::{CapturePoint, Role};
 use super::row_order::{from_gguf_rows, stored_row};
+use super::sliced::SlicedModel;
 
 /// Buffers that older checkpoints carry and no model reads.
 const LEGACY_BUFFERS: [&str; 3] =
@@ -128,10 +130,29 @@ impl ModelSource {
     /// # Errors
     /// Any defect of the file, its configuration or its tensors, by name.
     pub fn open(path: &Path) -> Result<Self> {
-        let reader = sparsepack_formats::open(path)?;
+        Self::over(sparsepack_formats::open(path)?)
+    }
+
+    /// The sliced form of this model as a plan sees it, with tensors of `dtype` and without data.
+    /// Files beside the weights are taken from `directory`.
+    ///
+    /// # Errors
+    /// A size that overflows.
+    pub fn outline(&self, sliced: &SlicedModel, dtype: DType, directory: &Path) -> Result<Self> {
+        let metadata = ModelMetadata::HuggingFace {
+            config: sliced.json.clone(),
+            directory: directory.to_owned(),
+        };
+        let tensors = sliced.tensors.iter();
+        let tensors = tensors
+            .map(|(name, shape, _)| (name.clone(), Encoding::Dense { dtype }, shape.clone()));
+        Self::over(Box::new(Outline::new(self.path(), metadata, tensors)?))
+    }
+
+    fn over(reader: Box<dyn CheckpointReader>) -> Result<Self> {
         let (arch, config) = describe(reader.as_ref()).map_err(|source| match source {
             ModelError::NoConfig { .. } | ModelError::Format(_) => source,
-            other => ModelError::Config { path: path.to_owned(), source: Box::new(other) },
+            other => ModelError::Config { path: reader.path().to_owned(), source: Box::new(other) },
         })?;
         let gguf = matches!(reader.metadata(), ModelMetadata::Gguf(_));
         let mut listing = Listing {

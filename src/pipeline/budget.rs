@@ -4,6 +4,7 @@ use serde::Serialize;
 
 use super::plan::BlockPlan;
 use crate::{
+    backend::SequenceLens,
     calibration::StatKind,
     model::{Architecture, CapturePoint, ModelConfig, ModelSource},
     recipe::CalibrationRecipe,
@@ -79,7 +80,39 @@ impl MemoryBudget {
             peak_bytes: hidden_bytes + block_bytes + statistics_bytes + batch_bytes + FIXED_BYTES,
         }
     }
+
+    /// The budget of finding bases in which to slice.
+    pub(super) fn of_slicing(source: &ModelSource, calibration: &CalibrationRecipe) -> Self {
+        let config = source.config();
+        let hidden = config.hidden_size as u64;
+        let tokens = (calibration.samples * calibration.seq_len) as u64;
+        let batch = BATCH_TOKENS.max(calibration.seq_len) as u64;
+        let widest = (config.q_features() + 2 * config.kv_features())
+            .max(2 * config.intermediate_size) as u64;
+        let hidden_bytes = tokens * hidden * 4;
+        // Decoded weights, the layout for products, and a piece on its way to the file in f64.
+        let block_bytes = block_weights(source.arch(), config) * 4 * 2
+            + SLICED_ROWS as u64 * (hidden + widest.max(hidden)) * 8;
+        // f32 sums of a batch; f64 sums, their copy by columns, eigenvectors and workspace.
+        let statistics_bytes = hidden * hidden * (4 + 5 * 8);
+        let batch_bytes = BATCHES_AT_ONCE * batch * (widest + 2 * hidden) * 4;
+        Self {
+            hidden_bytes,
+            block_bytes,
+            statistics_bytes,
+            batch_bytes,
+            peak_bytes: hidden_bytes + block_bytes + statistics_bytes + batch_bytes + FIXED_BYTES,
+        }
+    }
+
+    /// The larger of two, which do not stand at the same time.
+    pub(super) fn or_larger(self, other: Self) -> Self {
+        if other.peak_bytes > self.peak_bytes { other } else { self }
+    }
 }
+
+/// Rows of a table that are turned at a time while slicing.
+pub(super) const SLICED_ROWS: usize = 8192;
 
 /// Weights of the linears that share the input at `point`.
 pub(super) fn stage_weights(arch: &Architecture, config: &ModelConfig, point: CapturePoint) -> u64 {
@@ -108,6 +141,31 @@ pub(super) fn block_forward_flops(
     // Causal attention: on average half of the keys, two products.
     let attention = 2.0 * window * (config.num_attention_heads * config.head_dim) as f64;
     tokens * (2.0 * weights as f64 + attention)
+}
+
+/// Operations of the steps of a block from point `first` up to, not including, step `end`.
+pub(super) fn forward_flops(
+    arch: &Architecture,
+    config: &ModelConfig,
+    first: CapturePoint,
+    end: usize,
+    lens: &SequenceLens,
+) -> f64 {
+    let tokens = lens.tokens() as f64;
+    let attention = |tokens: f64| block_forward_flops(config, 0, tokens, tokens);
+    CapturePoint::ALL[first as usize..end]
+        .iter()
+        .map(|&point| {
+            let weights = stage_weights(arch, config, point);
+            let attention: f64 = match point {
+                CapturePoint::AttnIn => {
+                    lens.ranges().map(|range| attention(range.len() as f64)).sum()
+                }
+                _ => 0.0,
+            };
+            2.0 * tokens * weights as f64 + attention
+        })
+        .sum()
 }
 
 /// Operations of the lower triangle of `XᵀX` for `tokens` tokens of width `features`.

@@ -86,6 +86,10 @@ impl Encodings<'_> {
                     "no pruned layer becomes smaller, since a mask takes a bit of each weight; \
                      prune more or write --format safetensors"
                 }
+                None if self.recipe.slice.is_some() => {
+                    "a sliced model has no zeros; prune it too with --prune, or write --format \
+                     safetensors"
+                }
                 None => {
                     "no matrix of the source has zeros enough to become smaller; prune it with \
                      --prune or write --format safetensors"
@@ -97,6 +101,12 @@ impl Encodings<'_> {
             });
         }
         Ok((outputs, scan))
+    }
+
+    /// Whether values stay what they are in the source.
+    fn repacks(&self) -> bool {
+        let Recipe { slice, prune, quantize, .. } = self.recipe;
+        slice.is_none() && prune.is_none() && quantize.is_none()
     }
 
     fn encoding(&self, tensor: &ModelTensor, scan: &mut Option<Scan>) -> Result<Encoding> {
@@ -119,7 +129,8 @@ impl Encodings<'_> {
         }
         let packed = match self.pruned(tensor) {
             Some(prune) => self.of_pruned(tensor, dtype, prune),
-            None if self.recipe.prune.is_none() && self.recipe.quantize.is_none() => {
+            // What slicing leaves has no zeros to look for.
+            None if self.repacks() => {
                 let scan = scan.get_or_insert_default();
                 scan.tensors += 1;
                 scan.bytes += tensor.stored_bytes;

@@ -340,6 +340,11 @@ fn json(path: &Path) -> impl FnOnce(serde_json::Error) -> PipelineError {
     move |source| sparsepack_formats::FormatError::Json { path, source }.into()
 }
 
+/// Whether an interrupted conversion of `out` had come to its loop over blocks.
+pub(super) fn exists(out: &Path) -> bool {
+    out.join(WORK_DIR).join("plan.json").is_file()
+}
+
 /// Whether the output directory holds a run that can be continued.
 pub(super) fn has_checkpoint(out: &Path) -> bool {
     let journal = out.join(WORK_DIR).join("journal.jsonl");

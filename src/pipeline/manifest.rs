@@ -11,6 +11,7 @@ use sparsepack_formats::{DType, Digest, Encoding};
 use super::{
     error::{PipelineError, Result},
     plan::Pruning,
+    slice::SliceAccount,
 };
 use crate::{
     compress::{LayerReport, Quantizer},
@@ -36,6 +37,9 @@ pub struct Manifest {
     pub architecture: String,
     /// The files that were read.
     pub source: Vec<SourceFile>,
+    /// How the model was sliced, if it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slice: Option<SliceAccount>,
     /// What the solvers learnt from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub calibration: Option<CalibrationRecord>,

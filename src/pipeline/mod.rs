@@ -20,6 +20,7 @@ mod plan;
 mod progress;
 mod quantize;
 mod run;
+mod slice;
 mod stages;
 mod stored;
 mod support;
@@ -43,11 +44,13 @@ pub use progress::{
 };
 pub use quantize::Quantization;
 pub use run::RunOptions;
+pub use slice::{SliceAccount, Sizes};
 pub use support::supports;
 pub use unpack::unpack;
 pub use verify::{Finding, VerifyOptions, VerifyReport, verify};
 
 use run::{Conversion, Outcome};
+use slice::{SliceJob, Sliced, Slicing};
 use workers::Workers;
 
 use crate::{
@@ -94,18 +97,33 @@ pub fn convert(
         OutputFormat::Gguf => Vec::new(),
         _ => sidecars(source)?,
     };
-    output::prepare(out, source.path(), options.resume, plan.output_bytes)?;
+    let slicing = plan.slicing.as_deref();
+    let sliced_bytes = slicing.map_or(0, Slicing::bytes);
+    output::prepare(out, source.path(), options.resume, plan.output_bytes + sliced_bytes)?;
     let workers = Workers::new(device.threads);
-    let job = Conversion { source, plan, calibration, out, options, workers, progress };
     // Source digests need the whole input read once; that runs beside the conversion.
     let (outcome, digests) = std::thread::scope(|scope| {
         let digests = scope.spawn(|| output::source_digests(source));
-        let outcome = dispatch(device, job).map_err(PipelineError::from).and_then(|done| done);
+        let outcome = slice(source, plan, calibration, out, device, options, progress);
+        let outcome = outcome.and_then(|sliced| {
+            // An interrupted run may have come no further than to its sliced model.
+            let resume = options.resume && (sliced.is_none() || journal::exists(out));
+            let options = RunOptions { resume, ..options };
+            let source = sliced.as_ref().map_or(source, |sliced| &sliced.model);
+            let job = Conversion { source, plan, calibration, out, options, workers, progress };
+            let outcome = dispatch(device, job)??;
+            Ok((sliced, outcome))
+        });
         let digests = digests.join().map_err(|_| PipelineError::Thread { name: "digest" });
         (outcome, digests.and_then(|done| done))
     });
-    let finished = outcome
-        .and_then(|outcome| output::complete(source, plan, out, digests?, &sidecars, outcome));
+    let finished = outcome.and_then(|(sliced, mut outcome)| {
+        if let Some(sliced) = &sliced {
+            outcome.times.merge(&sliced.times);
+        }
+        let sliced = sliced.as_ref();
+        output::complete(source, sliced, plan, out, digests?, &sidecars, outcome)
+    });
     match finished {
         Ok((manifest, outcome)) => {
             let Outcome { times, gemm_ceiling, journal, .. } = outcome;
@@ -114,10 +132,25 @@ pub fn convert(
             Ok(Converted { manifest, times, gemm_ceiling, secs })
         }
         Err(error) => {
-            if !journal::has_checkpoint(out) {
+            if !journal::has_checkpoint(out) && !slice::is_finished(out) {
                 output::discard(out, |name| sidecars.iter().any(|sidecar| sidecar.name == name));
             }
             Err(error)
         }
     }
+}
+
+/// The sliced model that the conversion goes on with, where the plan slices.
+fn slice(
+    source: &ModelSource,
+    plan: &ConversionPlan,
+    set: Option<&CalibrationSet>,
+    out: &Path,
+    device: DeviceOptions,
+    options: RunOptions,
+    progress: &dyn Progress,
+) -> Result<Option<Sliced>> {
+    let (Some(slicing), Some(set)) = (plan.slicing.as_deref(), set) else { return Ok(None) };
+    let job = SliceJob { source, slicing, set, out, options, progress };
+    Ok(Some(slice::slice(job, device)?))
 }

@@ -22,6 +22,7 @@ use super::{
     plan::{ConversionPlan, OutputTensor},
     quantize::Quantization,
     run::Outcome,
+    slice::{SliceAccount, Sliced},
     workers::Workers,
 };
 use crate::{
@@ -164,23 +165,21 @@ fn entries(dir: &Path) -> Vec<PathBuf> {
 /// A sidecar that cannot be read or written.
 pub(super) fn complete(
     source: &ModelSource,
+    sliced: Option<&Sliced>,
     plan: &ConversionPlan,
     out: &Path,
     source_files: Vec<SourceFile>,
     sidecars: &[Sidecar],
     outcome: Outcome,
 ) -> Result<(Manifest, Outcome)> {
-    for sidecar in sidecars {
-        let path = out.join(&sidecar.name);
-        match &sidecar.content {
-            SidecarContent::Bytes(bytes) => OutputFile::write_whole(&path, bytes)?,
-            SidecarContent::Copy(from) => {
-                let io = |source| PipelineError::Io { path: from.clone(), action: "read", source };
-                OutputFile::write_whole(&path, &std::fs::read(from).map_err(io)?)?;
-            }
-        }
-    }
+    sidecars.iter().try_for_each(|sidecar| put_sidecar(out, sidecar))?;
+    let slice = plan.slice.clone().zip(sliced).map(|(account, sliced)| SliceAccount {
+        kept_variance: sliced.kept_variance.clone(),
+        ..account
+    });
+    let source = sliced.map_or(source, |sliced| &sliced.model);
     let manifest = Manifest {
+        slice,
         sparsepack: env!("CARGO_PKG_VERSION").to_owned(),
         recipe: plan.recipe.clone(),
         format: plan.format,
@@ -203,6 +202,22 @@ pub(super) fn complete(
     OutputFile::write_whole(&out.join(MANIFEST), &manifest.to_bytes().map_err(json)?)?;
     OutputFile::sync_directory(out)?;
     Ok((manifest, outcome))
+}
+
+/// Writes a file that stands beside the weights.
+///
+/// # Errors
+/// One that cannot be read or written.
+pub(super) fn put_sidecar(directory: &Path, sidecar: &Sidecar) -> Result<()> {
+    let path = directory.join(&sidecar.name);
+    match &sidecar.content {
+        SidecarContent::Bytes(bytes) => OutputFile::write_whole(&path, bytes)?,
+        SidecarContent::Copy(from) => {
+            let io = |source| PipelineError::Io { path: from.clone(), action: "read", source };
+            OutputFile::write_whole(&path, &std::fs::read(from).map_err(io)?)?;
+        }
+    }
+    Ok(())
 }
 
 /// The source's configuration, with the element type of the output and a short record of the
@@ -233,37 +248,43 @@ fn output_config(
         if let Some(quantization) = quantization_config(source, plan)? {
             object.insert("quantization_config".to_owned(), quantization);
         }
-        let earlier = object.get_mut("sparsepack").and_then(|value| value.as_object_mut());
-        if let Some(record) = earlier {
-            // Left by the run that pruned the source, where this one prunes nothing.
-            record.insert("format".to_owned(), serde_json::json!(manifest.format));
+        // Left by the run that pruned the source, where this one prunes nothing.
+        let earlier = object.get("sparsepack").is_some_and(serde_json::Value::is_object);
+        let recipe = &plan.recipe;
+        if recipe.prune.is_some() {
+            object.remove("sparsepack");
         }
-        let totals = &manifest.totals;
-        if let Some(prune) = &plan.recipe.prune {
-            object.insert(
-                "sparsepack".to_owned(),
-                serde_json::json!({
-                    "version": manifest.sparsepack,
-                    "format": manifest.format,
-                    "method": prune.method,
-                    "sparsity": prune.sparsity,
-                    "pruned_parameters": totals.pruned_parameters,
-                    "zeroed": totals.zeroed,
-                }),
-            );
-        }
-        if let Some(quantize) = &plan.recipe.quantize {
-            let record = object.entry("sparsepack").or_insert_with(
-                || serde_json::json!({ "version": manifest.sparsepack, "format": manifest.format }),
-            );
-            record["quantization"] = serde_json::json!({
-                "method": quantize.method,
-                "scheme": quantize.scheme,
-                "quantized_parameters": totals.quantized_parameters,
-            });
+        if earlier || plan.slice.is_some() || recipe.prune.is_some() || recipe.quantize.is_some() {
+            let record = object.entry("sparsepack").or_insert_with(|| serde_json::json!({}));
+            put_record(record, plan, manifest);
         }
     }
     Ok(config)
+}
+
+/// What this run did, in a few words.
+fn put_record(record: &mut serde_json::Value, plan: &ConversionPlan, manifest: &Manifest) {
+    use serde_json::json;
+    let totals = &manifest.totals;
+    record["version"] = json!(manifest.sparsepack);
+    record["format"] = json!(manifest.format);
+    if let Some(slice) = &manifest.slice {
+        record["slice"] =
+            json!({ "basis": slice.basis, "from_hidden_size": slice.before.hidden_size });
+    }
+    if let Some(prune) = &plan.recipe.prune {
+        record["method"] = json!(prune.method);
+        record["sparsity"] = json!(prune.sparsity);
+        record["pruned_parameters"] = json!(totals.pruned_parameters);
+        record["zeroed"] = json!(totals.zeroed);
+    }
+    if let Some(quantize) = &plan.recipe.quantize {
+        record["quantization"] = json!({
+            "method": quantize.method,
+            "scheme": quantize.scheme,
+            "quantized_parameters": totals.quantized_parameters,
+        });
+    }
 }
 
 /// What compressed-tensors has to know: the formats, and which linears are not in them.

@@ -2,7 +2,7 @@
 //! recipe alone. No tensor data is read, but for a packed output with nothing to prune: then the
 //! source's matrices are scanned for the zeros they have.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 use sparsepack_formats::{
@@ -18,6 +18,7 @@ use super::{
     error::{PipelineError, Result},
     gguf::{Fallback, GgufPlan},
     quantize::{Grids, Quantization},
+    slice::{SliceAccount, Slicing},
     targets::{Targets, Wanted},
 };
 use crate::{
@@ -170,6 +171,11 @@ impl OutputTensor {
 pub struct ConversionPlan {
     /// The recipe with every default filled in.
     pub recipe: Recipe,
+    /// What slicing saves and costs, where the model is sliced first.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub slice: Option<SliceAccount>,
+    #[serde(skip)]
+    pub(super) slicing: Option<Arc<Slicing>>,
     /// Container of the output.
     pub format: OutputFormat,
     /// Order of capture and solving.
@@ -217,6 +223,20 @@ impl ConversionPlan {
     /// hold the result, options that contradict each other; a source that is scanned and cannot be
     /// read.
     pub fn new(source: &ModelSource, recipe: &Recipe) -> Result<Self> {
+        let Some(slice) = &recipe.slice else { return Self::of(source, recipe) };
+        let slicing = Slicing::new(source, recipe, slice)?;
+        let mut plan = Self::of(&slicing.outline, recipe)?;
+        plan.source_bytes = slicing.before.bytes;
+        plan.budget = plan.budget.or_larger(slicing.budget);
+        plan.flops += slicing.flops;
+        plan.recipe.slice = Some(slicing.recipe.clone());
+        plan.slice = Some(slicing.account(source, &plan.outputs));
+        plan.slicing = Some(Arc::new(slicing));
+        Ok(plan)
+    }
+
+    /// The plan of what is done to a model that is not sliced any more.
+    fn of(source: &ModelSource, recipe: &Recipe) -> Result<Self> {
         if recipe.budget.is_some() {
             return Err(contradiction(
                 "a size budget is resolved by measuring every layer, which `convert` does".into(),
@@ -254,6 +274,8 @@ impl ConversionPlan {
             budget: MemoryBudget::new(source, &blocks, &recipe.calibration),
             flops: super::budget::conversion_flops(source, &blocks, &recipe.calibration),
             recipe: resolved,
+            slice: None,
+            slicing: None,
             format,
             sequential: recipe.solver.sequential,
             solver,
@@ -490,7 +512,7 @@ fn check_calibration(recipe: &Recipe, needs: StatKind, max_positions: usize) -> 
     let calibration = &recipe.calibration;
     match (&calibration.file, needs) {
         (None, StatKind::None) => Ok(()),
-        (Some(_), StatKind::None) => Err(contradiction(
+        (Some(_), StatKind::None) if recipe.slice.is_none() => Err(contradiction(
             "a calibration text is given, but no layer's method uses one (magnitude and rtn look at \
              weights only)"
                 .into(),

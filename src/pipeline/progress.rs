@@ -56,6 +56,10 @@ pub enum Phase {
     Forward,
     /// Accumulating statistics of activations.
     Statistics,
+    /// Finding the principal directions of the residual stream.
+    Eigen,
+    /// Turning weights into another basis.
+    Slice,
     /// Factorising Hessians.
     Factor,
     /// Choosing and updating weights.
@@ -70,10 +74,12 @@ pub enum Phase {
 
 impl Phase {
     /// Every phase in the order of a run.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 10] = [
         Self::Load,
         Self::Forward,
         Self::Statistics,
+        Self::Eigen,
+        Self::Slice,
         Self::Factor,
         Self::Sweep,
         Self::Error,
@@ -87,6 +93,8 @@ impl Phase {
             Self::Load => "load",
             Self::Forward => "forward",
             Self::Statistics => "statistics",
+            Self::Eigen => "eigen",
+            Self::Slice => "slice",
             Self::Factor => "factor",
             Self::Sweep => "sweep",
             Self::Error => "error",
@@ -124,6 +132,14 @@ impl PhaseTimes {
     pub fn charge(&mut self, phase: Phase, secs: f64, flops: f64) {
         self.costs[phase as usize].secs += secs;
         self.costs[phase as usize].flops += flops;
+    }
+
+    /// Adds what other work took.
+    pub fn merge(&mut self, other: &Self) {
+        for (cost, other) in self.costs.iter_mut().zip(&other.costs) {
+            cost.secs += other.secs;
+            cost.flops += other.flops;
+        }
     }
 
     /// Every phase with its cost.

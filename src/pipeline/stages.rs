@@ -10,7 +10,7 @@ use std::time::Instant;
 use sparsepack_formats::FormatError;
 
 use super::{
-    budget::{block_forward_flops, factor_flops, gram_flops, stage_weights, sweep_flops},
+    budget::{factor_flops, forward_flops, gram_flops, sweep_flops},
     error::{PipelineError, Result},
     loader::{LoadedBlock, LoadedLinear},
     plan::{BlockPlan, LayerPlan},
@@ -202,7 +202,7 @@ impl<B: Backend> StageContext<'_, B> {
             })?;
             let gram = CapturePoint::ALL.map(|point| self.statistic_flops(plan, point, &lens));
             times.charge(Phase::Statistics, observing, gram.iter().sum());
-            let flops = self.steps_flops(CapturePoint::AttnIn, CapturePoint::ALL.len(), &lens);
+            let flops = forward_flops(self.arch, self.config, CapturePoint::AttnIn, CapturePoint::ALL.len(), &lens);
             times.charge(Phase::Forward, start.elapsed().as_secs_f64() - observing, flops);
             self.progress.advance(1);
         }
@@ -230,7 +230,7 @@ impl<B: Backend> StageContext<'_, B> {
             let arrived = b.at_once(taken, |(lens, at)| self.advance(block, span, &lens, at));
             let arrived = arrived.into_iter().collect::<Result<Vec<_>>>()?;
             let tokens = group.iter().map(|&batch| hidden.lens(batch));
-            let flops = tokens.map(|lens| self.steps_flops(span.first(), span.end(), lens)).sum();
+            let flops = tokens.map(|lens| forward_flops(self.arch, self.config, span.first(), span.end(), lens)).sum();
             times.charge(Phase::Forward, start.elapsed().as_secs_f64(), flops);
 
             for (&batch, at) in group.iter().zip(arrived) {
@@ -359,32 +359,6 @@ impl<B: Backend> StageContext<'_, B> {
             StatKind::ColumnNorm => 2.0 * tokens * features,
             StatKind::Hessian => gram_flops(tokens, features),
         }
-    }
-
-    /// Operations of the steps from point `first` up to, not including, step `end`.
-    fn steps_flops(&self, first: CapturePoint, end: usize, lens: &SequenceLens) -> f64 {
-        let tokens = lens.tokens() as f64;
-        CapturePoint::ALL[first as usize..end]
-            .iter()
-            .map(|&point| {
-                let weights = stage_weights(self.arch, self.config, point);
-                let attention = match point {
-                    CapturePoint::AttnIn => lens
-                        .ranges()
-                        .map(|range| {
-                            block_forward_flops(
-                                self.config,
-                                0,
-                                range.len() as f64,
-                                range.len() as f64,
-                            )
-                        })
-                        .sum(),
-                    _ => 0.0,
-                };
-                2.0 * tokens * weights as f64 + attention
-            })
-            .sum()
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! Unknown keys are errors, and so is a selector that matches nothing.
 
+mod percent;
 mod selector;
 
 use std::path::{Path, PathBuf};
@@ -11,10 +12,11 @@ use serde::{Deserialize, Serialize};
 
 use sparsepack_formats::{DType, GgmlType};
 
+pub use percent::{ParsePercentError, Percent};
 pub use selector::{BlockRange, ParseSelectorError, Selector};
 
 use crate::compress::{
-    Candidate, Choice, Damping, GroupSize, Method, Quantizer, ScaleSearch, Scheme, SolverOptions,
+    Basis, Candidate, Choice, Damping, GroupSize, Method, Quantizer, ScaleSearch, Scheme, SolverOptions,
     Sparsity,
 };
 
@@ -22,6 +24,9 @@ use crate::compress::{
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Recipe {
+    /// How the residual stream is made narrower, before anything else.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub slice: Option<SliceRecipe>,
     /// How linears are pruned unless a rule says otherwise.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prune: Option<PruneRecipe>,
@@ -40,6 +45,40 @@ pub struct Recipe {
     pub calibration: CalibrationRecipe,
     /// What is written.
     pub output: OutputRecipe,
+}
+
+/// How much narrower the residual stream becomes, and in which basis.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SliceRecipe {
+    /// Fraction of the hidden size to leave out; or `width`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fraction: Option<Percent>,
+    /// Hidden size to keep; or `fraction`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub width: Option<usize>,
+    /// What a width that follows from a fraction is rounded down to a multiple of.
+    #[serde(default = "SliceRecipe::default_multiple")]
+    pub multiple: usize,
+    /// `shared`, or `block`.
+    #[serde(default)]
+    pub basis: Basis,
+    /// Slice the output matrix too, in the block basis; in the shared one it always is.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub head: bool,
+}
+
+impl SliceRecipe {
+    /// 64: whole blocks of every ggml type but the K types.
+    fn default_multiple() -> usize {
+        64
+    }
+
+    /// Everything else by default.
+    pub fn new(fraction: Option<Percent>, width: Option<usize>) -> Self {
+        let multiple = Self::default_multiple();
+        Self { fraction, width, multiple, basis: Basis::default(), head: false }
+    }
 }
 
 /// Method, target and order of pruning.

@@ -123,7 +123,7 @@ pub(super) fn matmul_lower(c: ViewMut, a: View, b: View) {
     );
 }
 
-pub(super) use factor::inverse_cholesky_lower;
+pub(super) use factor::{inverse_cholesky_lower, matmul_f64, solve_right, symmetric_eigen};
 
 mod factor {
     use std::num::NonZero;
@@ -131,9 +131,15 @@ mod factor {
     use faer::linalg::cholesky::llt::factor::{
         LltError, LltParams, LltRegularization, cholesky_in_place, cholesky_in_place_scratch,
     };
+    use faer::linalg::cholesky::llt::solve::solve_in_place;
+    use faer::linalg::evd::{
+        ComputeEigenvectors, SelfAdjointEvdParams, self_adjoint_evd, self_adjoint_evd_scratch,
+    };
+    use faer::linalg::matmul::matmul;
     use faer::linalg::triangular_inverse::invert_lower_triangular;
     use faer::prelude::ReborrowMut;
-    use faer::{MatMut, MatRef, Par, Spec};
+    use faer::diag::DiagMut;
+    use faer::{Accum, MatMut, MatRef, Par, Spec};
 
     /// Into how many parts faer cuts work, whatever the number of threads: a result must not depend
     /// on that.
@@ -145,6 +151,18 @@ mod factor {
         a: &mut [f64],
         n: usize,
     ) -> Result<Vec<f64>, usize> {
+        cholesky(a, n)?;
+        let mut inverse = vec![0.0; n * n];
+        invert_lower_triangular(
+            MatMut::from_column_major_slice_mut(&mut inverse, n, n),
+            MatRef::from_column_major_slice(a, n, n),
+            PARTS,
+        );
+        Ok(inverse)
+    }
+
+    /// Factorises the lower triangle of the column-major `a` in place.
+    fn cholesky(a: &mut [f64], n: usize) -> Result<(), usize> {
         let params = Spec::<LltParams, f64>::default();
         let mut buffer =
             faer::dyn_stack::MemBuffer::new(cholesky_in_place_scratch::<f64>(n, PARTS, params));
@@ -153,16 +171,62 @@ mod factor {
         let regularization = LltRegularization::default();
         cholesky_in_place(factor.rb_mut(), regularization, PARTS, stack, params)
             .map_err(|LltError::NonPositivePivot { index }| index)?;
-        if let Some(pivot) = (0..n).find(|&j| !(factor[(j, j)] > 0.0 && factor[(j, j)].is_finite()))
-        {
-            return Err(pivot);
+        match (0..n).find(|&j| !(factor[(j, j)] > 0.0 && factor[(j, j)].is_finite())) {
+            Some(pivot) => Err(pivot),
+            None => Ok(()),
         }
-        let mut inverse = vec![0.0; n * n];
-        invert_lower_triangular(
-            MatMut::from_column_major_slice_mut(&mut inverse, n, n),
-            MatRef::from_column_major_slice(a, n, n),
+    }
+
+    /// `b a⁻¹` into the row-major `b: [m, n]`, from the lower triangle of the column-major `a: [n, n]`,
+    /// which it overwrites; the index of the first bad pivot on failure.
+    pub(in super::super) fn solve_right(
+        a: &mut [f64],
+        n: usize,
+        b: &mut [f64],
+        m: usize,
+    ) -> Result<(), usize> {
+        cholesky(a, n)?;
+        // A row-major b is bᵀ by columns, and a⁻¹ is its own transpose.
+        let rhs = MatMut::from_column_major_slice_mut(b, n, m);
+        let mut buffer = faer::dyn_stack::MemBuffer::new(faer::dyn_stack::StackReq::EMPTY);
+        let stack = faer::dyn_stack::MemStack::new(&mut buffer);
+        solve_in_place(MatRef::from_column_major_slice(a, n, n), rhs, PARTS, stack);
+        Ok(())
+    }
+
+    /// `c = a b`, all row-major: `a: [m, k]`, `b: [k, n]`.
+    pub(in super::super) fn matmul_f64(
+        c: &mut [f64],
+        a: &[f64],
+        b: &[f64],
+        [m, k, n]: [usize; 3],
+    ) {
+        let c = MatMut::from_row_major_slice_mut(c, m, n);
+        let (a, b) =
+            (MatRef::from_row_major_slice(a, m, k), MatRef::from_row_major_slice(b, k, n));
+        matmul(c, Accum::Replace, a, b, 1.0, PARTS);
+    }
+
+    /// Ascending eigenvalues, and the eigenvectors column after column, of the symmetric matrix whose
+    /// lower triangle the column-major `a` holds; `None` where the iteration does not converge.
+    pub(in super::super) fn symmetric_eigen(a: &[f64], n: usize) -> Option<(Vec<f64>, Vec<f64>)> {
+        let params = Spec::<SelfAdjointEvdParams, f64>::default();
+        let (mut values, mut vectors) = (vec![0.0; n], vec![0.0; n * n]);
+        let mut buffer = faer::dyn_stack::MemBuffer::new(self_adjoint_evd_scratch::<f64>(
+            n,
+            ComputeEigenvectors::Yes,
             PARTS,
-        );
-        Ok(inverse)
+            params,
+        ));
+        self_adjoint_evd(
+            MatRef::from_column_major_slice(a, n, n),
+            DiagMut::from_slice_mut(&mut values),
+            Some(MatMut::from_column_major_slice_mut(&mut vectors, n, n)),
+            PARTS,
+            faer::dyn_stack::MemStack::new(&mut buffer),
+            params,
+        )
+        .ok()?;
+        Some((values, vectors))
     }
 }

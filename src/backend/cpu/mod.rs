@@ -10,6 +10,7 @@ mod activation;
 mod attention;
 mod bf16;
 mod buffers;
+mod dense;
 mod gram;
 mod linalg;
 mod linear;
@@ -32,8 +33,8 @@ pub use linear::CpuWeight;
 pub use matrix::CpuMatrix;
 
 use super::{
-    Activation, AttentionShape, BackendError, BlockOps, Precision, Result, RopeTables, Rounding,
-    Selection, SequenceLens, SolveOps, StatOps, SweepRule,
+    Activation, AttentionShape, BackendError, BlockOps, Dense, DenseOps, Eigen, Precision, Result,
+    RopeTables, Rounding, Selection, SequenceLens, SolveOps, StatOps, SweepRule,
 };
 
 /// Element type and instructions of matrix products.
@@ -274,5 +275,19 @@ impl SolveOps for Cpu {
 
     fn quadratic_form(&self, a: &CpuMatrix, b: Option<&CpuMatrix>, h: &CpuMatrix) -> Result<f64> {
         solve::quadratic_form(a, b, h)
+    }
+}
+
+impl DenseOps for Cpu {
+    fn dense_product(&self, a: &Dense, b: &Dense) -> Result<Dense> {
+        dense::product(a, b)
+    }
+
+    fn symmetric_eigen(&self, a: &Dense) -> Result<Eigen> {
+        dense::symmetric_eigen(a)
+    }
+
+    fn solve_right(&self, b: &Dense, a: &Dense) -> Result<Dense> {
+        dense::solve_right(b, a)
     }
 }

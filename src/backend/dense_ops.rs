@@ -1,0 +1,133 @@
+//! Algebra of small matrices in f64: bases, rotations and least squares of a whole model or block.
+//!
+//! Operands are in host memory, since they are made of sums over many batches and of weights on their
+//! way to a file; where the arithmetic happens is the device's business.
+
+use super::{BackendError, Result, Storage};
+
+/// A row-major f64 matrix in host memory.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Dense {
+    /// Rows.
+    pub rows: usize,
+    /// Columns.
+    pub cols: usize,
+    /// `rows × cols` values.
+    pub data: Vec<f64>,
+}
+
+impl Dense {
+    /// Zeros.
+    pub fn zeros(rows: usize, cols: usize) -> Self {
+        Self { rows, cols, data: vec![0.0; rows * cols] }
+    }
+
+    /// Ones on the diagonal of a `rows × cols` matrix, zeros elsewhere.
+    pub fn identity(rows: usize, cols: usize) -> Self {
+        let mut out = Self::zeros(rows, cols);
+        (0..rows.min(cols)).for_each(|i| out.data[i * (cols + 1)] = 1.0);
+        out
+    }
+
+    /// The matrix with these values, row by row.
+    ///
+    /// # Errors
+    /// [`BackendError::Shape`] for another number of values.
+    pub fn new(rows: usize, cols: usize, values: &[f32]) -> Result<Self> {
+        if values.len() != rows * cols {
+            let detail = format!("{} values for [{rows}, {cols}]", values.len());
+            return Err(BackendError::Shape { operation: "dense matrix", detail });
+        }
+        Ok(Self { rows, cols, data: values.iter().map(|&value| f64::from(value)).collect() })
+    }
+
+    /// Rows become columns.
+    #[must_use]
+    pub fn transposed(&self) -> Self {
+        let mut out = Self::zeros(self.cols, self.rows);
+        for (i, row) in self.data.chunks_exact(self.cols.max(1)).enumerate() {
+            for (j, &value) in row.iter().enumerate() {
+                out.data[j * self.rows + i] = value;
+            }
+        }
+        out
+    }
+
+    /// The first `cols` columns.
+    #[must_use]
+    pub fn first_columns(&self, cols: usize) -> Self {
+        let kept = cols.min(self.cols);
+        let rows = self.data.chunks_exact(self.cols.max(1));
+        let data = rows.flat_map(|row| &row[..kept]).copied().collect();
+        Self { rows: self.rows, cols: kept, data }
+    }
+
+    /// Multiplies column `j` with `factors[j]`.
+    #[must_use]
+    pub fn scale_columns(mut self, factors: &[f64]) -> Self {
+        for row in self.data.chunks_exact_mut(self.cols.max(1)) {
+            row.iter_mut().zip(factors).for_each(|(value, factor)| *value *= factor);
+        }
+        self
+    }
+
+    /// Multiplies every value with `factor`.
+    #[must_use]
+    pub fn scaled(mut self, factor: f64) -> Self {
+        self.data.iter_mut().for_each(|value| *value *= factor);
+        self
+    }
+
+    /// Adds `other`, which has the same shape.
+    pub fn add(&mut self, other: &Self) {
+        self.data.iter_mut().zip(&other.data).for_each(|(a, b)| *a += b);
+    }
+
+    /// The diagonal.
+    pub fn diagonal(&self) -> Vec<f64> {
+        self.data.iter().step_by(self.cols + 1).copied().collect()
+    }
+
+    /// Rounded to single precision.
+    pub fn to_f32(&self) -> Vec<f32> {
+        self.data.iter().map(|&value| value as f32).collect()
+    }
+}
+
+/// Eigenvalues and eigenvectors of a symmetric matrix.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Eigen {
+    /// In descending order.
+    pub values: Vec<f64>,
+    /// `[n, n]`: column `j` is the unit vector of `values[j]`, with the sign that makes its component
+    /// of largest magnitude positive (of equal ones, the first).
+    pub vectors: Dense,
+}
+
+/// Algebra of small matrices in f64.
+pub trait DenseOps: Storage {
+    /// `a b`.
+    ///
+    /// # Shapes
+    /// `a: [m, k]`, `b: [k, n]` → `[m, n]`.
+    ///
+    /// # Errors
+    /// Shapes that do not fit; device failure.
+    fn dense_product(&self, a: &Dense, b: &Dense) -> Result<Dense>;
+
+    /// Eigenvalues and eigenvectors of a symmetric matrix, given by its lower triangle.
+    ///
+    /// # Errors
+    /// A matrix that is not square or not finite; device failure.
+    fn symmetric_eigen(&self, a: &Dense) -> Result<Eigen>;
+
+    /// `b a⁻¹` for a positive definite `a`, given by its lower triangle.
+    ///
+    /// # Shapes
+    /// `a: [n, n]`, `b: [m, n]` → `[m, n]`.
+    ///
+    /// # Errors
+    /// [`NotPositiveDefinite`](BackendError::NotPositiveDefinite); shapes that do not fit; device
+    /// failure.
+    fn solve_right(&self, b: &Dense, a: &Dense) -> Result<Dense>;
+}

@@ -1,0 +1,81 @@
+//! Second moments and their principal directions.
+
+use crate::backend::{Backend, BackendError, Dense};
+
+/// Second moment of the rows of a stream, summed in f64 over what a device sums in f32.
+#[derive(Debug, Clone)]
+pub struct Covariance {
+    /// `Σ xᵀx`, `[d, d]`; the lower triangle is right.
+    sum: Dense,
+    /// Rows seen.
+    pub tokens: usize,
+}
+
+impl Covariance {
+    /// Of no rows yet.
+    pub fn new(features: usize) -> Self {
+        Self { sum: Dense::zeros(features, features), tokens: 0 }
+    }
+
+    /// Adds the rows of `x: [tokens, d]`.
+    ///
+    /// # Errors
+    /// Device failure.
+    pub fn add<B: Backend>(&mut self, b: &B, x: &B::Matrix) -> Result<(), BackendError> {
+        let (tokens, features) = b.shape(x);
+        let mut gram = b.zeros(features, features)?;
+        b.gram_accumulate(&mut gram, x)?;
+        self.sum.add(&Dense::new(features, features, &b.download(&gram)?)?);
+        self.tokens += tokens;
+        Ok(())
+    }
+
+    /// Adds another, each of its rows counting `weight` times.
+    pub fn merge(&mut self, other: &Self, weight: f64) {
+        self.sum.add(&other.sum.clone().scaled(weight));
+        self.tokens += other.tokens;
+    }
+}
+
+/// Principal directions of a stream.
+#[derive(Debug, Clone)]
+pub struct Rotation {
+    /// The kept directions in columns, `[d, d']`.
+    pub q: Dense,
+    /// Variance along every direction, kept ones first, in descending order.
+    pub eigenvalues: Vec<f64>,
+}
+
+impl Rotation {
+    /// The `width` directions of largest variance.
+    ///
+    /// # Errors
+    /// A second moment that is not finite; device failure.
+    pub fn principal<B: Backend>(
+        b: &B,
+        covariance: &Covariance,
+        width: usize,
+    ) -> Result<Self, BackendError> {
+        let eigen = b.symmetric_eigen(&covariance.sum)?;
+        Ok(Self { q: eigen.vectors.first_columns(width), eigenvalues: eigen.values })
+    }
+
+    /// The first `width` of the coordinates that are there: nothing is turned.
+    pub fn none(features: usize, width: usize) -> Self {
+        Self { q: Dense::identity(features, width), eigenvalues: vec![1.0; features] }
+    }
+
+    /// Share of the variance along the kept directions.
+    pub fn kept(&self) -> f64 {
+        let positive = |values: &[f64]| values.iter().map(|value| value.max(0.0)).sum::<f64>();
+        let all = positive(&self.eigenvalues);
+        if all > 0.0 { positive(&self.eigenvalues[..self.q.cols]) / all } else { 1.0 }
+    }
+
+    /// Directions with more variance than rounding leaves.
+    pub fn rank(&self) -> usize {
+        let largest = self.eigenvalues.first().copied().unwrap_or(0.0);
+        let floor = largest * f64::EPSILON * self.eigenvalues.len() as f64;
+        self.eigenvalues.iter().filter(|&&value| value > floor).count()
+    }
+}

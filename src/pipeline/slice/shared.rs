@@ -1,0 +1,61 @@
+//! One basis for the whole model.
+
+use std::path::Path;
+
+use super::super::{
+    error::Result,
+    loader::LoadedBlock,
+    progress::{Phase, PhaseTimes},
+};
+use super::{
+    SliceJob,
+    stream::Stream,
+    weights::{Bases, SlicedWriter},
+};
+use crate::{
+    backend::Backend,
+    compress::slicegpt::Covariance,
+    model::CapturePoint,
+};
+
+impl SliceJob<'_> {
+    /// Finds the basis and writes the model. Returns the share of the variance that the basis keeps.
+    pub(super) fn make_shared<B: Backend>(
+        &self,
+        b: &B,
+        directory: &Path,
+        times: &mut PhaseTimes,
+    ) -> Result<Vec<f64>> {
+        let covariance = self.covariance(b, times)?;
+        let rotation = self.rotation(b, &covariance, times)?;
+        let mut writer = SlicedWriter::create(b, self, directory)?;
+        let bases = Bases::Shared(&rotation.q);
+        writer.write_before_blocks(&bases, times)?;
+        for block in 0..self.source.config().num_hidden_layers {
+            writer.write_block(block, &bases, times)?;
+        }
+        writer.write_after_blocks(&bases, times)?;
+        writer.finish(times)?;
+        Ok(vec![rotation.kept()])
+    }
+
+    /// The second moment of the stream, each token divided by its root mean square, where a norm reads
+    /// it: before every attention and every MLP, and before the output matrix.
+    fn covariance<B: Backend>(&self, b: &B, times: &mut PhaseTimes) -> Result<Covariance> {
+        let config = self.source.config();
+        let mut stream = Stream::enter(b, self, times)?;
+        let mut sum = Covariance::new(config.hidden_size);
+        for block in 0..config.num_hidden_layers {
+            self.source.prefetch(block + 1);
+            let mut loaded = times.time(Phase::Load, || LoadedBlock::load(b, self.source, block))?;
+            times.time(Phase::Load, || loaded.install_all(b))?;
+            stream.observe_normalised(&mut sum, times)?;
+            stream.advance(&loaded, CapturePoint::AttnIn, Some(CapturePoint::MlpIn), times)?;
+            stream.observe_normalised(&mut sum, times)?;
+            stream.advance(&loaded, CapturePoint::MlpIn, None, times)?;
+            self.source.release(block);
+        }
+        stream.observe_normalised(&mut sum, times)?;
+        Ok(sum)
+    }
+}

@@ -1,0 +1,170 @@
+//! The residual stream of the calibration text, block by block, and what passes by.
+
+use std::time::Instant;
+
+use super::super::{
+    budget::{forward_flops, gram_flops},
+    entry,
+    error::{PipelineError, Result},
+    journal::WORK_DIR,
+    loader::LoadedBlock,
+    progress::{Phase, PhaseTimes},
+};
+use super::SliceJob;
+use crate::{
+    backend::{Backend, HostData, HostMatrix, SequenceLens},
+    calibration::{CalibrationSet, HiddenStates, HostActivations},
+    compress::slicegpt::Covariance,
+    model::{Activations, BlockGeometry, CapturePoint, ModelConfig},
+};
+
+/// Which rows of each batch count: padding and special tokens do not.
+pub(super) struct Counted(Vec<Option<Vec<usize>>>);
+
+impl Counted {
+    /// Leaves out the tokens that start or end a text.
+    pub(super) fn new(set: &CalibrationSet, config: &ModelConfig) -> Self {
+        let special =
+            |id: &u32| config.bos_token_id == Some(*id) || config.eos_token_ids.contains(id);
+        let mut ids = set.ids.iter().flatten();
+        let of_batch = |lens: &SequenceLens| {
+            let ids: Vec<&u32> = ids.by_ref().take(lens.tokens()).collect();
+            let counted = || (0..ids.len()).filter(|&row| !special(ids[row]));
+            (counted().count() < ids.len()).then(|| counted().collect())
+        };
+        Self(entry::batch_lens(set).iter().map(of_batch).collect())
+    }
+
+    /// The rows of `x` that count in batch `batch`.
+    pub(super) fn rows<B: Backend>(
+        &self,
+        b: &B,
+        batch: usize,
+        x: B::Matrix,
+    ) -> Result<B::Matrix> {
+        let Some(rows) = &self.0[batch] else { return Ok(x) };
+        let HostMatrix { cols, data, .. } = b.offload(x)?;
+        let data = match data {
+            HostData::F32(values) => HostData::F32(picked(&values, rows, cols)),
+            HostData::Bf16(values) => HostData::Bf16(picked(&values, rows, cols)),
+        };
+        Ok(b.onload(HostMatrix { rows: rows.len(), cols, data })?)
+    }
+}
+
+fn picked<T: Copy>(values: &[T], rows: &[usize], cols: usize) -> Vec<T> {
+    rows.iter().flat_map(|row| &values[row * cols..][..cols]).copied().collect()
+}
+
+/// The stream of every calibration window on its way through the model.
+pub(super) struct Stream<'a, B: Backend> {
+    b: &'a B,
+    job: &'a SliceJob<'a>,
+    geometry: BlockGeometry,
+    hidden: HiddenStates,
+    counted: Counted,
+    /// Where the stream stands, for errors.
+    block: usize,
+}
+
+impl<'a, B: Backend> Stream<'a, B> {
+    /// The embeddings of every window.
+    ///
+    /// # Errors
+    /// Embeddings that cannot be read; the store of activations; device failure.
+    pub(super) fn enter(
+        b: &'a B,
+        job: &'a SliceJob<'a>,
+        times: &mut PhaseTimes,
+    ) -> Result<Self> {
+        let (source, set) = (job.source, job.set);
+        let (config, limit) = (source.config(), job.options.memory_bytes);
+        let directory = job.out.join(WORK_DIR);
+        let mut hidden = entry::store(set, config, &job.slicing.budget, limit, &directory)?;
+        times.time(Phase::Load, || entry::embed_windows(b, source, set, &mut hidden))?;
+        let geometry = BlockGeometry::new(source.arch(), config, entry::window_of(set));
+        Ok(Self { b, job, geometry, hidden, counted: Counted::new(set, config), block: 0 })
+    }
+
+    /// Adds the rows that count, each divided by its root mean square, to `sum`.
+    ///
+    /// # Errors
+    /// The store of activations; device failure.
+    pub(super) fn observe_normalised(
+        &mut self,
+        sum: &mut Covariance,
+        times: &mut PhaseTimes,
+    ) -> Result<()> {
+        let (b, config) = (self.b, self.job.source.config());
+        let ones = b.upload(&vec![1.0; config.hidden_size], 1, config.hidden_size)?;
+        self.observe(sum, times, |x| Ok(b.rms_norm(&x, &ones, config.norm_eps)?))
+    }
+
+    /// Adds what `of` makes of the rows that count to `sum`.
+    fn observe(
+        &mut self,
+        sum: &mut Covariance,
+        times: &mut PhaseTimes,
+        of: impl Fn(B::Matrix) -> Result<B::Matrix>,
+    ) -> Result<()> {
+        let b = self.b;
+        for batch in 0..self.hidden.batches() {
+            let start = Instant::now();
+            let kept = self.hidden.take(batch)?;
+            let x = b.onload(kept.residual.clone())?;
+            self.hidden.put(batch, kept)?;
+            let x = of(self.counted.rows(b, batch, x)?)?;
+            let (tokens, features) = b.shape(&x);
+            if b.count_non_finite_rows(&x)? > 0 {
+                return Err(PipelineError::NonFiniteActivations { block: self.block, bad: tokens, all: tokens });
+            }
+            sum.add(b, &x)?;
+            let flops = gram_flops(tokens as f64, features as f64);
+            times.charge(Phase::Statistics, start.elapsed().as_secs_f64(), flops);
+        }
+        Ok(())
+    }
+
+    /// Brings every batch from before `from` to before `to`, the end of the block when `None`.
+    ///
+    /// # Errors
+    /// The store of activations; device failure.
+    pub(super) fn advance(
+        &mut self,
+        loaded: &LoadedBlock<B>,
+        from: CapturePoint,
+        to: Option<CapturePoint>,
+        times: &mut PhaseTimes,
+    ) -> Result<()> {
+        let (b, geometry) = (self.b, &self.geometry);
+        let end = to.map_or(CapturePoint::ALL.len(), |point| point as usize);
+        let batches: Vec<usize> = (0..self.hidden.batches()).collect();
+        for group in batches.chunks(b.lanes()) {
+            let taken = group
+                .iter()
+                .map(|&batch| Ok((self.hidden.lens(batch).clone(), self.hidden.take(batch)?)))
+                .collect::<Result<Vec<_>>>()?;
+            let start = Instant::now();
+            let arrived = b.at_once(taken, |(lens, at)| -> Result<HostMatrix> {
+                let residual = b.onload(at.residual)?;
+                let input = loaded.block.input_from_residual(b, from, &residual)?;
+                let mut at = Activations { residual, input };
+                for &point in &CapturePoint::ALL[from as usize..end] {
+                    at = loaded.block.step(b, geometry, point, at, &lens)?;
+                }
+                Ok(b.offload(at.residual)?)
+            });
+            let (arch, config) = (self.job.source.arch(), self.job.source.config());
+            let lens = group.iter().map(|&batch| self.hidden.lens(batch));
+            let flops = lens.map(|lens| forward_flops(arch, config, from, end, lens)).sum();
+            times.charge(Phase::Forward, start.elapsed().as_secs_f64(), flops);
+            for (&batch, residual) in group.iter().zip(arrived) {
+                let activations = HostActivations { residual: residual?, input: None };
+                self.hidden.put(batch, activations)?;
+                self.job.progress.advance(1);
+            }
+        }
+        self.block += usize::from(to.is_none());
+        Ok(())
+    }
+}
