@@ -14,6 +14,7 @@ const HEAD_ROWS: usize = 1 << 16;
 pub struct LmHead<B: Backend> {
     norm: Norm<B>,
     weight: B::Weight,
+    bias: Option<B::Matrix>,
 }
 
 impl<B: Backend> LmHead<B> {
@@ -22,16 +23,21 @@ impl<B: Backend> LmHead<B> {
     /// # Errors
     /// A tensor that cannot be read; device failure.
     pub fn load(b: &B, source: &ModelSource) -> Result<Self> {
-        let norm = load_norm(b, source, &source.final_norm())?;
+        let eps = source.config().exit_norm_eps();
+        let norm = load_norm(b, source, &source.final_norm(), eps)?;
         let name = source.lm_head();
-        let [rows, cols] = [source.config().vocab_size, source.config().hidden_size];
+        let [rows, cols] = [source.config().vocab_size, source.config().exit_width()];
         let mut pieces = Vec::new();
         for start in (0..rows).step_by(HEAD_ROWS) {
             let range = start..(start + HEAD_ROWS).min(rows);
             let values = source.read_rows_f32(&name, range.clone())?;
             pieces.push(b.upload(&values, range.len(), cols)?);
         }
-        Ok(Self { norm, weight: b.prepare(&pieces.iter().collect::<Vec<_>>())? })
+        let bias = match source.lm_head_bias() {
+            Some(name) => Some(b.upload(&source.read_f32(&name)?, 1, rows)?),
+            None => None,
+        };
+        Ok(Self { norm, weight: b.prepare(&pieces.iter().collect::<Vec<_>>())?, bias })
     }
 
     /// Logits of each token: `[tokens, hidden] → [tokens, vocabulary]`, f32.
@@ -39,7 +45,7 @@ impl<B: Backend> LmHead<B> {
     /// # Errors
     /// Device failure.
     pub fn logits(&self, b: &B, residual: &B::Matrix) -> Result<B::Matrix> {
-        Ok(b.linear(&self.norm.apply(b, residual)?, &self.weight, None)?)
+        Ok(b.linear(&self.norm.apply(b, residual)?, &self.weight, self.bias.as_ref())?)
     }
 }
 

@@ -103,18 +103,18 @@ impl BackendJob for PerplexityJob<'_> {
 impl PerplexityJob<'_> {
     /// Sum over all windows of the negative log-likelihood of tokens 2..n.
     fn negative_log_likelihood<B: Backend>(&self, b: &B, mut hidden: HiddenStates) -> Result<f64> {
-        let (source, config) = (self.source, self.source.config());
+        let (source, width) = (self.source, self.source.config().exit_width());
         let head = LmHead::load(b, source)?;
         let mut sum = 0.0;
         for (index, ids) in self.windows.iter().enumerate() {
             let HostMatrix { data, .. } = hidden.take(index)?.residual;
             let HostData::F32(values) = data else { continue };
             // The last token predicts nothing.
-            let predicting = values.chunks(config.hidden_size).len().min(ids.len()) - 1;
+            let predicting = values.chunks(width).len().min(ids.len()) - 1;
             for start in (0..predicting).step_by(LOGIT_ROWS) {
                 let rows = start..(start + LOGIT_ROWS).min(predicting);
-                let slice = &values[rows.start * config.hidden_size..rows.end * config.hidden_size];
-                let x = b.upload(slice, rows.len(), config.hidden_size)?;
+                let slice = &values[rows.start * width..rows.end * width];
+                let x = b.upload(slice, rows.len(), width)?;
                 let logits = head.logits(b, &x)?;
                 let nll = b.token_nll(&logits, &ids[rows.start + 1..=rows.end])?;
                 sum += nll.iter().sum::<f64>();

@@ -20,7 +20,11 @@ const TABLES: [&str; 4] = [
 
 #[expect(clippy::expect_used, reason = "the tables are part of the program; a test parses each")]
 static ARCHITECTURES: LazyLock<Vec<Architecture>> = LazyLock::new(|| {
-    TABLES.iter().map(|text| toml::from_str(text).expect("a valid architecture table")).collect()
+    let tables = TABLES.iter();
+    let stock: Vec<Architecture> =
+        tables.map(|text| toml::from_str(text).expect("a valid architecture table")).collect();
+    let sliced: Vec<Architecture> = stock.iter().map(Architecture::sliced).collect();
+    stock.into_iter().chain(sliced).collect()
 });
 
 /// Kind of normalization.
@@ -125,6 +129,12 @@ pub struct Architecture {
     pub final_norm: NormSpec,
     /// Output matrix; the embeddings serve where they are tied.
     pub lm_head: TableSpec,
+    /// Whether the output matrix has a bias.
+    #[serde(skip)]
+    pub lm_head_bias: bool,
+    /// Matrices that turn the residual stream before it is added to, of a sliced family.
+    #[serde(skip)]
+    pub shortcuts: Option<Shortcuts>,
     /// The linears of a block, in the order in which it applies them.
     pub linears: Vec<LinearSpec>,
 }
@@ -153,6 +163,16 @@ pub struct Requirement {
     pub key: String,
     /// The only value that the forward pass does.
     pub value: Value,
+}
+
+/// The matrices on the shortcuts of a block whose attention and MLP have bases of their own. Names are
+/// without `.weight` and hold `{block}`.
+#[derive(Debug, Clone)]
+pub struct Shortcuts {
+    /// Past the attention.
+    pub attn: String,
+    /// Past the MLP.
+    pub mlp: String,
 }
 
 /// A matrix outside the blocks. Names are without `.weight`.
@@ -248,6 +268,11 @@ impl Architecture {
         &ARCHITECTURES
     }
 
+    /// Those that checkpoints come in.
+    fn stock() -> impl Iterator<Item = &'static Self> {
+        Self::all().iter().filter(|arch| arch.shortcuts.is_none())
+    }
+
     /// The architecture of a config.json: by `architectures`, or by `model_type` where that is
     /// missing.
     ///
@@ -268,7 +293,7 @@ impl Architecture {
         };
         found.ok_or_else(|| ModelError::UnsupportedArchitecture {
             found: class.or(model_type).unwrap_or_default().to_owned(),
-            supported: list(Self::all().iter().map(|arch| arch.hf_class.as_str())),
+            supported: list(Self::stock().map(|arch| arch.hf_class.as_str())),
         })
     }
 
@@ -286,6 +311,49 @@ impl Architecture {
                 supported: list(supported.iter().copied()),
             }
         })
+    }
+
+    /// The family of a model of this one that is sliced with a basis for each block: no stock class,
+    /// the same names, norms without mean and bias, matrices on the shortcuts.
+    fn sliced(&self) -> Self {
+        let attn = &self.linears[0].name;
+        let block = attn.split_once("{block}").map_or("", |(before, _)| before).to_owned();
+        let shortcut = |name: &str| format!("{block}{{block}}.{name}_shortcut");
+        let stock = |norm: &NormSpec| NormSpec { bias: false, gguf: None, ..norm.clone() };
+        let folds_bias = self.norm == NormKind::Layer;
+        let linear = |linear: &LinearSpec| LinearSpec {
+            bias: if folds_bias { BiasRule::Always } else { linear.bias.clone() },
+            gguf: None,
+            ..linear.clone()
+        };
+        let mut keys = self.keys.clone();
+        keys.norm_eps.get_or_insert_with(|| "norm_eps".to_owned());
+        let mut defaults = self.defaults.clone();
+        defaults.insert("tie_word_embeddings".to_owned(), false.into());
+        Self {
+            name: format!("sliced-{}", self.name),
+            hf_class: format!("Sliced{}", self.hf_class),
+            model_type: format!("sliced_{}", self.model_type),
+            gguf: None,
+            norm: NormKind::Rms,
+            fixed_norm_eps: None,
+            stock_width: StockWidth::Any,
+            keys,
+            defaults,
+            attn_norm: stock(&self.attn_norm),
+            mlp_norm: stock(&self.mlp_norm),
+            final_norm: stock(&self.final_norm),
+            lm_head_bias: folds_bias,
+            linears: self.linears.iter().map(linear).collect(),
+            shortcuts: Some(Shortcuts { attn: shortcut("attn"), mlp: shortcut("mlp") }),
+            ..self.clone()
+        }
+    }
+
+    /// The family of models of this one that are sliced with a basis for each block.
+    pub fn in_blocks(&self) -> Option<&'static Self> {
+        let name = format!("sliced-{}", self.name);
+        Self::all().iter().find(|arch| arch.name == name)
     }
 
     /// The linear with this role, if the family has it.

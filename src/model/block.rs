@@ -89,6 +89,8 @@ pub struct Block<B: Backend> {
     pub mlp_norm: Norm<B>,
     /// Linears by capture point, in [`CapturePoint::ALL`] order.
     pub linears: [Option<Linears<B>>; 4],
+    /// What turns the residual stream before the linears of a point add to it, of a sliced model.
+    pub shortcuts: [Option<B::Weight>; 4],
 }
 
 /// Activations of a batch between two steps.
@@ -148,6 +150,9 @@ impl<B: Backend> Block<B> {
         let input = input.ok_or_else(|| absent("input"))?;
         let linears = self.linears[point as usize].as_ref().ok_or_else(|| absent("linears"))?;
         let (weight, bias) = (&linears.weight, linears.bias.as_ref());
+        if let Some(shortcut) = &self.shortcuts[point as usize] {
+            residual = b.linear(&residual, shortcut, None)?;
+        }
         let input = match (point, geometry.mlp) {
             (CapturePoint::AttnIn, _) => {
                 let mut qkv = b.linear(&input, weight, bias)?;

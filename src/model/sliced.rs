@@ -6,7 +6,7 @@ use sparsepack_formats::{DType, ModelMetadata};
 use super::arch::{Architecture, StockWidth};
 use super::config::ModelConfig;
 use super::error::{ModelError, Result};
-use super::source::{ModelSource, TensorKind};
+use super::source::{ModelSource, TensorKind, expected};
 
 /// Keys of a configuration that say what an earlier conversion did to the weights.
 const RECORDS: [&str; 2] = ["quantization_config", "sparsepack"];
@@ -35,26 +35,71 @@ impl SlicedModel {
         let arch = match &own.stock_width {
             StockWidth::Any => own,
             StockWidth::Heads { .. } if width.is_multiple_of(config.num_attention_heads) => own,
-            StockWidth::Heads { otherwise } => same_without_that_rule(own, config, otherwise, width)?,
+            StockWidth::Heads { otherwise } => {
+                same_without_that_rule(own, config, otherwise, width)?
+            }
             StockWidth::Fixed => {
-                return Err(refuse(
-                    own,
-                    format!(
-                        "has heads of hidden_size / num_attention_heads columns, so that its hidden \
-                         size cannot change alone; use --basis block"
-                    ),
-                ));
+                let why = "has heads of hidden_size / num_attention_heads columns, so that its hidden \
+                           size cannot change alone; use --basis block";
+                return Err(refuse(own, why.to_owned()));
             }
         };
-        let config = ModelConfig {
-            hidden_size: width,
-            norm_eps: config.norm_eps * config.hidden_size as f32 / width as f32,
-            tie_word_embeddings: false,
-            ..config.clone()
+        Self::new(source, arch, narrower(config, width), dtype)
+    }
+
+    /// The model with `width` columns in its residual stream, in a basis of its own for each half of a
+    /// block, with weights of `dtype`. With `head` its output matrix is sliced too. No stock class
+    /// computes it.
+    ///
+    /// # Errors
+    /// [`ModelError::CannotSlice`] for a model that was sliced so before, or a tensor that is unknown.
+    pub fn in_blocks(source: &ModelSource, width: usize, head: bool, dtype: DType) -> Result<Self> {
+        let (own, config) = (source.arch(), source.config());
+        let Some(arch) = own.in_blocks() else {
+            return Err(refuse(own, "was sliced before, with a basis for each block".to_owned()));
         };
-        let json = overlay(source, config.to_hf_json(arch, dtype)?);
-        let tensors = tensors(source, arch, &config)?;
+        let mut narrow = narrower(config, width);
+        narrow.exit_size = (!head).then_some(config.hidden_size);
+        if arch.lm_head_bias {
+            narrow.biases = arch.linears.iter().map(|linear| linear.role).collect();
+        }
+        Self::new(source, arch, narrow, dtype)
+    }
+
+    fn new(
+        source: &ModelSource,
+        arch: &'static Architecture,
+        config: ModelConfig,
+        dtype: DType,
+    ) -> Result<Self> {
+        let mut others = source.tensors().iter().filter(|tensor| tensor.kind == TensorKind::Other);
+        if let Some(tensor) = others.next() {
+            let why =
+                format!("has no tensor `{}`, so what slicing makes of it is unknown", tensor.name);
+            return Err(refuse(source.arch(), why));
+        }
+        let mut json = overlay(source, config.to_hf_json(arch, dtype)?);
+        if arch.shortcuts.is_some() {
+            json["auto_map"] = json!({
+                "AutoConfig": "modeling_sliced.SlicedConfig",
+                "AutoModelForCausalLM": "modeling_sliced.SlicedForCausalLM",
+            });
+        }
+        let tensors = expected(arch, &config)
+            .into_iter()
+            .map(|tensor| (tensor.module + tensor.suffix, tensor.shape, tensor.kind))
+            .collect();
         Ok(Self { arch, config, json, tensors })
+    }
+}
+
+/// The dimensions of the same model with `width` columns in its residual stream.
+fn narrower(config: &ModelConfig, width: usize) -> ModelConfig {
+    ModelConfig {
+        hidden_size: width,
+        norm_eps: config.norm_eps * config.hidden_size as f32 / width as f32,
+        tie_word_embeddings: false,
+        ..config.clone()
     }
 }
 
@@ -91,38 +136,6 @@ fn overlay(source: &ModelSource, sliced: Value) -> Value {
         out.extend(sliced);
     }
     json
-}
-
-/// The tensors of a model with another width: those of the source, and an output matrix.
-fn tensors(
-    source: &ModelSource,
-    arch: &Architecture,
-    config: &ModelConfig,
-) -> Result<Vec<(String, Vec<usize>, TensorKind)>> {
-    let width = config.hidden_size;
-    let mut all = Vec::new();
-    for tensor in source.tensors() {
-        let shape = match tensor.kind {
-            TensorKind::Embedding | TensorKind::Positions | TensorKind::LmHead => {
-                vec![tensor.shape[0], width]
-            }
-            TensorKind::BlockNorm { .. } | TensorKind::FinalNorm => vec![width],
-            TensorKind::Linear { role, .. } => config.linear_shape(role).to_vec(),
-            TensorKind::LinearBias { role, .. } => config.linear_shape(role)[..1].to_vec(),
-            TensorKind::Other => {
-                return Err(refuse(
-                    source.arch(),
-                    format!("has no tensor `{}`, so what slicing makes of it is unknown", tensor.name),
-                ));
-            }
-        };
-        all.push((tensor.name.clone(), shape, tensor.kind));
-    }
-    if source.config().tie_word_embeddings {
-        let shape = vec![config.vocab_size, width];
-        all.push((arch.lm_head.weight(), shape, TensorKind::LmHead));
-    }
-    Ok(all)
 }
 
 fn refuse(arch: &Architecture, why: String) -> ModelError {

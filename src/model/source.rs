@@ -52,10 +52,19 @@ pub enum TensorKind {
         /// Its block.
         block: usize,
     },
+    /// Matrix on a shortcut of a sliced model.
+    Shortcut {
+        /// Its block.
+        block: usize,
+        /// The linears past which it leads.
+        past: CapturePoint,
+    },
     /// Gain or bias of the norm after the last block.
     FinalNorm,
     /// Output matrix that is not tied.
     LmHead,
+    /// Bias of the output matrix.
+    LmHeadBias,
     /// A tensor that the forward pass does not read.
     Other,
 }
@@ -66,6 +75,7 @@ impl TensorKind {
         match self {
             Self::Linear { block, .. }
             | Self::LinearBias { block, .. }
+            | Self::Shortcut { block, .. }
             | Self::BlockNorm { block } => Some(block),
             _ => None,
         }
@@ -242,6 +252,22 @@ impl ModelSource {
         norm_names(&self.arch.final_norm, 0)
     }
 
+    /// Name of the matrix on the shortcut past the linears of `point`, of a sliced model.
+    pub fn shortcut(&self, block: usize, point: CapturePoint) -> Option<String> {
+        let names = self.arch.shortcuts.as_ref()?;
+        let name = match point {
+            CapturePoint::AttnOut => &names.attn,
+            CapturePoint::MlpHidden => &names.mlp,
+            CapturePoint::AttnIn | CapturePoint::MlpIn => return None,
+        };
+        Some(in_block(name, block) + ".weight")
+    }
+
+    /// Name of the bias of the output matrix, if it has one.
+    pub fn lm_head_bias(&self) -> Option<String> {
+        self.arch.lm_head_bias.then(|| format!("{}.bias", self.arch.lm_head.name))
+    }
+
     /// Name of the output matrix: the embeddings' where they are tied.
     pub fn lm_head(&self) -> String {
         if self.config.tie_word_embeddings {
@@ -370,6 +396,125 @@ fn norm_names(norm: &NormSpec, block: usize) -> LayerNames {
     LayerNames { weight: norm.weight(block), bias: norm.bias(block) }
 }
 
+/// A tensor that a model has.
+#[derive(Debug)]
+pub(super) struct Expected {
+    /// Hugging Face name without suffix.
+    pub(super) module: String,
+    /// `.weight` or `.bias`.
+    pub(super) suffix: &'static str,
+    /// GGUF name without suffix.
+    gguf: Option<String>,
+    /// Row-major shape.
+    pub(super) shape: Vec<usize>,
+    /// What it is for.
+    pub(super) kind: TensorKind,
+    /// Heads whose rows a GGUF file has in the order of ggml's interleaved rope.
+    permuted_heads: Option<usize>,
+}
+
+/// Every tensor of a model, in model order.
+pub(super) fn expected(arch: &Architecture, config: &ModelConfig) -> Vec<Expected> {
+    let mut all = Vec::new();
+    let hidden = config.hidden_size;
+    let table = |spec: &TableSpec, shape: [usize; 2], kind| Expected {
+        module: spec.name.clone(),
+        suffix: ".weight",
+        gguf: spec.gguf.clone(),
+        shape: shape.to_vec(),
+        kind,
+        permuted_heads: None,
+    };
+    all.push(table(&arch.embed, [config.vocab_size, hidden], TensorKind::Embedding));
+    if let (Some(spec), Positions::Learned { offset }) = (&arch.position_embed, arch.positions) {
+        let rows = config.max_position_embeddings + offset;
+        all.push(table(spec, [rows, hidden], TensorKind::Positions));
+    }
+    for block in 0..config.num_hidden_layers {
+        for point in CapturePoint::ALL {
+            let kind = TensorKind::BlockNorm { block };
+            match point {
+                CapturePoint::AttnIn => all.extend(of_norm(&arch.attn_norm, block, hidden, kind)),
+                CapturePoint::MlpIn => all.extend(of_norm(&arch.mlp_norm, block, hidden, kind)),
+                CapturePoint::AttnOut | CapturePoint::MlpHidden => {}
+            }
+            for linear in arch.stage(point) {
+                all.extend(of_linear(config, linear, block));
+            }
+            all.extend(of_shortcut(arch, config, block, point));
+        }
+    }
+    let exit = config.exit_width();
+    all.extend(of_norm(&arch.final_norm, 0, exit, TensorKind::FinalNorm));
+    if !config.tie_word_embeddings {
+        all.push(table(&arch.lm_head, [config.vocab_size, exit], TensorKind::LmHead));
+    }
+    if arch.lm_head_bias {
+        let kind = TensorKind::LmHeadBias;
+        let bias = table(&arch.lm_head, [config.vocab_size, 1], kind);
+        all.push(Expected { suffix: ".bias", shape: vec![config.vocab_size], ..bias });
+    }
+    all
+}
+
+fn of_norm(norm: &NormSpec, block: usize, features: usize, kind: TensorKind) -> Vec<Expected> {
+    let tensor = |suffix| Expected {
+        module: in_block(&norm.name, block),
+        suffix,
+        gguf: norm.gguf.as_ref().map(|gguf| in_block(gguf, block)),
+        shape: vec![features],
+        kind,
+        permuted_heads: None,
+    };
+    let bias = norm.bias.then(|| tensor(".bias"));
+    [tensor(".weight")].into_iter().chain(bias).collect()
+}
+
+fn of_linear(config: &ModelConfig, linear: &LinearSpec, block: usize) -> Vec<Expected> {
+    let role = linear.role;
+    let shape = config.linear_shape_in(block, role);
+    let heads = linear.gguf_permuted.then_some(match role {
+        Role::QProj => config.num_attention_heads,
+        _ => config.num_key_value_heads,
+    });
+    let tensor = |suffix, shape: &[usize], kind| Expected {
+        module: in_block(&linear.name, block),
+        suffix,
+        gguf: linear.gguf.as_ref().map(|gguf| in_block(gguf, block)),
+        shape: shape.to_vec(),
+        kind,
+        permuted_heads: heads,
+    };
+    let weight = tensor(".weight", &shape, TensorKind::Linear { block, role });
+    let bias = config
+        .has_bias(role)
+        .then(|| tensor(".bias", &shape[..1], TensorKind::LinearBias { block, role }));
+    [weight].into_iter().chain(bias).collect()
+}
+
+/// The matrix on the shortcut past the linears of `point`, if there is one.
+fn of_shortcut(
+    arch: &Architecture,
+    config: &ModelConfig,
+    block: usize,
+    point: CapturePoint,
+) -> Option<Expected> {
+    let hidden = config.hidden_size;
+    let (name, rows) = match (point, &arch.shortcuts) {
+        (CapturePoint::AttnOut, Some(shortcuts)) => (&shortcuts.attn, hidden),
+        (CapturePoint::MlpHidden, Some(shortcuts)) => (&shortcuts.mlp, config.width_after(block)),
+        _ => return None,
+    };
+    Some(Expected {
+        module: in_block(name, block),
+        suffix: ".weight",
+        gguf: None,
+        shape: vec![rows, hidden],
+        kind: TensorKind::Shortcut { block, past: point },
+        permuted_heads: None,
+    })
+}
+
 /// Lists the tensors of a model while checking them against the file.
 struct Listing<'a> {
     reader: &'a dyn CheckpointReader,
@@ -383,81 +528,11 @@ struct Listing<'a> {
 
 impl Listing<'_> {
     fn add_model(&mut self) -> Result<()> {
-        let (arch, config) = (self.arch, self.config);
-        let hidden = config.hidden_size;
-        let table = [config.vocab_size, hidden];
-        self.add_table(&arch.embed, &table, TensorKind::Embedding)?;
-        if let (Some(spec), Positions::Learned { offset }) = (&arch.position_embed, arch.positions)
-        {
-            let shape = [config.max_position_embeddings + offset, hidden];
-            self.add_table(spec, &shape, TensorKind::Positions)?;
-        }
-        for block in 0..config.num_hidden_layers {
-            for point in CapturePoint::ALL {
-                match point {
-                    CapturePoint::AttnIn => self.add_block_norm(&arch.attn_norm, block)?,
-                    CapturePoint::MlpIn => self.add_block_norm(&arch.mlp_norm, block)?,
-                    CapturePoint::AttnOut | CapturePoint::MlpHidden => {}
-                }
-                for linear in arch.stage(point) {
-                    self.add_linear(linear, block)?;
-                }
-            }
-        }
-        self.add_norm(&arch.final_norm, 0, TensorKind::FinalNorm)?;
-        if !config.tie_word_embeddings {
-            self.add_table(&arch.lm_head, &table, TensorKind::LmHead)?;
-        }
-        Ok(())
+        expected(self.arch, self.config).into_iter().try_for_each(|tensor| self.add(tensor))
     }
 
-    fn add_block_norm(&mut self, norm: &NormSpec, block: usize) -> Result<()> {
-        self.add_norm(norm, block, TensorKind::BlockNorm { block })
-    }
-
-    fn add_table(&mut self, spec: &TableSpec, shape: &[usize], kind: TensorKind) -> Result<()> {
-        let gguf = spec.gguf.as_deref();
-        self.add(&spec.name, gguf, ".weight", shape, kind, None)
-    }
-
-    fn add_norm(&mut self, norm: &NormSpec, block: usize, kind: TensorKind) -> Result<()> {
-        let name = in_block(&norm.name, block);
-        let gguf = norm.gguf.as_ref().map(|gguf| in_block(gguf, block));
-        let shape = [self.config.hidden_size];
-        self.add(&name, gguf.as_deref(), ".weight", &shape, kind, None)?;
-        if norm.bias {
-            self.add(&name, gguf.as_deref(), ".bias", &shape, kind, None)?;
-        }
-        Ok(())
-    }
-
-    fn add_linear(&mut self, linear: &LinearSpec, block: usize) -> Result<()> {
-        let role = linear.role;
-        let name = in_block(&linear.name, block);
-        let gguf = linear.gguf.as_ref().map(|gguf| in_block(gguf, block));
-        let shape = self.config.linear_shape(role);
-        let heads = linear.gguf_permuted.then_some(match role {
-            Role::QProj => self.config.num_attention_heads,
-            _ => self.config.num_key_value_heads,
-        });
-        let kind = TensorKind::Linear { block, role };
-        self.add(&name, gguf.as_deref(), ".weight", &shape, kind, heads)?;
-        if self.config.has_bias(role) {
-            let kind = TensorKind::LinearBias { block, role };
-            self.add(&name, gguf.as_deref(), ".bias", &shape[..1], kind, heads)?;
-        }
-        Ok(())
-    }
-
-    fn add(
-        &mut self,
-        module: &str,
-        gguf: Option<&str>,
-        suffix: &str,
-        shape: &[usize],
-        kind: TensorKind,
-        permuted_heads: Option<usize>,
-    ) -> Result<()> {
+    fn add(&mut self, expected: Expected) -> Result<()> {
+        let Expected { module, suffix, gguf, shape, kind, permuted_heads } = expected;
         let gguf = gguf.map(|name| GgufTensor { name: format!("{name}{suffix}"), permuted_heads });
         let stored_name = match &gguf {
             Some(gguf) if self.gguf => gguf.name.clone(),
@@ -468,14 +543,14 @@ impl Listing<'_> {
             return Err(ModelError::MissingTensor {
                 path: path.to_owned(),
                 tensor: stored_name,
-                expected: shape.to_vec(),
+                expected: shape,
             });
         };
         if info.shape != shape {
             return Err(ModelError::ShapeMismatch {
                 path: path.to_owned(),
                 tensor: stored_name,
-                expected: shape.to_vec(),
+                expected: shape,
                 found: info.shape.clone(),
             });
         }
@@ -486,7 +561,7 @@ impl Listing<'_> {
                 found: info.encoding.to_string(),
             });
         }
-        self.check_no_scales(module, &stored_name, info)?;
+        self.check_no_scales(&module, &stored_name, info)?;
         self.used.insert(stored_name);
         let permuted_heads = permuted_heads.filter(|_| self.gguf);
         let name = format!("{module}{suffix}");

@@ -114,13 +114,18 @@ impl MemoryBudget {
 /// Rows of a table that are turned at a time while slicing.
 pub(super) const SLICED_ROWS: usize = 8192;
 
-/// Weights of the linears that share the input at `point`.
+/// Weights of the linears that share the input at `point`, and of the matrix on the shortcut past
+/// them. The last block of a sliced model may be a little larger.
 pub(super) fn stage_weights(arch: &Architecture, config: &ModelConfig, point: CapturePoint) -> u64 {
     let weights = |[rows, cols]: [usize; 2]| rows as u64 * cols as u64;
-    arch.stage(point).map(|linear| weights(config.linear_shape(linear.role))).sum()
+    let adds = matches!(point, CapturePoint::AttnOut | CapturePoint::MlpHidden);
+    let shortcut = arch.shortcuts.as_ref().filter(|_| adds);
+    let shortcut = shortcut.map_or(0, |_| weights([config.hidden_size; 2]));
+    arch.stage(point).map(|linear| weights(config.linear_shape(linear.role))).sum::<u64>()
+        + shortcut
 }
 
-/// Weights of the linears of one block.
+/// Weights of the linears of one block, and of the matrices on its shortcuts.
 pub(super) fn block_weights(arch: &Architecture, config: &ModelConfig) -> u64 {
     CapturePoint::ALL.into_iter().map(|point| stage_weights(arch, config, point)).sum()
 }

@@ -44,7 +44,8 @@ pub(super) fn store(
         "activations do not fit the memory budget and go to a temporary file"
     );
     let widest = super::budget::widest_kept_input(config) as usize;
-    Ok(HiddenStates::spilled(lens, directory, config.hidden_size, widest)?)
+    let hidden = config.hidden_size.max(config.exit_width());
+    Ok(HiddenStates::spilled(lens, directory, hidden, widest)?)
 }
 
 /// Embeds every window.

@@ -48,7 +48,7 @@ impl<B: Backend> LoadedBlock<B> {
         let arch = source.arch();
         let mut linears = Vec::with_capacity(arch.linears.len());
         for spec in &arch.linears {
-            let [rows, cols] = source.config().linear_shape(spec.role);
+            let [rows, cols] = source.config().linear_shape_in(index, spec.role);
             let Some(names) = source.linear(index, spec.role) else { continue };
             linears.push(LoadedLinear {
                 role: spec.role,
@@ -61,10 +61,12 @@ impl<B: Backend> LoadedBlock<B> {
                 cols,
             });
         }
+        let eps = source.config().norm_eps;
         let block = Block {
-            attn_norm: load_norm(b, source, &source.attn_norm(index))?,
-            mlp_norm: load_norm(b, source, &source.mlp_norm(index))?,
+            attn_norm: load_norm(b, source, &source.attn_norm(index), eps)?,
+            mlp_norm: load_norm(b, source, &source.mlp_norm(index), eps)?,
             linears: [None, None, None, None],
+            shortcuts: load_shortcuts(b, source, index)?,
         };
         Ok(Self { block, linears })
     }
@@ -106,17 +108,37 @@ impl<B: Backend> LoadedBlock<B> {
     }
 }
 
+/// The matrices on the shortcuts of a sliced model's block.
+fn load_shortcuts<B: Backend>(
+    b: &B,
+    source: &ModelSource,
+    index: usize,
+) -> Result<[Option<B::Weight>; 4]> {
+    let mut shortcuts = [None, None, None, None];
+    for point in CapturePoint::ALL {
+        let Some(name) = source.shortcut(index, point) else { continue };
+        let &[rows, cols] = source.tensor(&name)?.shape.as_slice() else { continue };
+        let weight = b.upload(&read_finite(source, &name)?, rows, cols)?;
+        shortcuts[point as usize] = Some(b.prepare(&[&weight])?);
+    }
+    Ok(shortcuts)
+}
+
 /// Reads a norm.
 ///
 /// # Errors
 /// A tensor that cannot be read or is not finite; device failure.
-pub fn load_norm<B: Backend>(b: &B, source: &ModelSource, names: &LayerNames) -> Result<Norm<B>> {
+pub fn load_norm<B: Backend>(
+    b: &B,
+    source: &ModelSource,
+    names: &LayerNames,
+    eps: f32,
+) -> Result<Norm<B>> {
     let row = |name: &str| -> Result<B::Matrix> {
         let values = read_finite(source, name)?;
         Ok(b.upload(&values, 1, values.len())?)
     };
     let gain = row(&names.weight)?;
-    let eps = source.config().norm_eps;
     Ok(match &names.bias {
         Some(bias) => Norm::Layer { gain, bias: row(bias)?, eps },
         None => Norm::Rms { gain, eps },

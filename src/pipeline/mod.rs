@@ -44,7 +44,7 @@ pub use progress::{
 };
 pub use quantize::Quantization;
 pub use run::RunOptions;
-pub use slice::{SliceAccount, Sizes};
+pub use slice::{Sizes, SliceAccount};
 pub use support::supports;
 pub use unpack::unpack;
 pub use verify::{Finding, VerifyOptions, VerifyReport, verify};

@@ -421,7 +421,7 @@ fn plan_layers(
                 continue;
             }
             let Wanted { prune, quantize } = wanted;
-            let [rows, cols] = config.linear_shape(spec.role);
+            let [rows, cols] = config.linear_shape_in(index, spec.role);
             if prune.is_none() && quantize.is_none() {
                 continue;
             }

@@ -202,7 +202,13 @@ impl<B: Backend> StageContext<'_, B> {
             })?;
             let gram = CapturePoint::ALL.map(|point| self.statistic_flops(plan, point, &lens));
             times.charge(Phase::Statistics, observing, gram.iter().sum());
-            let flops = forward_flops(self.arch, self.config, CapturePoint::AttnIn, CapturePoint::ALL.len(), &lens);
+            let flops = forward_flops(
+                self.arch,
+                self.config,
+                CapturePoint::AttnIn,
+                CapturePoint::ALL.len(),
+                &lens,
+            );
             times.charge(Phase::Forward, start.elapsed().as_secs_f64() - observing, flops);
             self.progress.advance(1);
         }
@@ -230,7 +236,9 @@ impl<B: Backend> StageContext<'_, B> {
             let arrived = b.at_once(taken, |(lens, at)| self.advance(block, span, &lens, at));
             let arrived = arrived.into_iter().collect::<Result<Vec<_>>>()?;
             let tokens = group.iter().map(|&batch| hidden.lens(batch));
-            let flops = tokens.map(|lens| forward_flops(self.arch, self.config, span.first(), span.end(), lens)).sum();
+            let flops = tokens
+                .map(|lens| forward_flops(self.arch, self.config, span.first(), span.end(), lens))
+                .sum();
             times.charge(Phase::Forward, start.elapsed().as_secs_f64(), flops);
 
             for (&batch, at) in group.iter().zip(arrived) {

@@ -16,8 +16,8 @@ pub use percent::{ParsePercentError, Percent};
 pub use selector::{BlockRange, ParseSelectorError, Selector};
 
 use crate::compress::{
-    Basis, Candidate, Choice, Damping, GroupSize, Method, Quantizer, ScaleSearch, Scheme, SolverOptions,
-    Sparsity,
+    Basis, Candidate, Choice, Damping, GroupSize, Method, Quantizer, ScaleSearch, Scheme,
+    SolverOptions, Sparsity,
 };
 
 /// A whole recipe. Every part may be left out.

@@ -6,6 +6,7 @@
 mod end_to_end;
 mod forward;
 mod gptq;
+mod slicegpt;
 mod sparsegpt;
 mod wanda;
 
@@ -39,6 +40,11 @@ impl Golden {
     fn f32s(&self, name: &str) -> Vec<f32> {
         let bytes = self.bytes(name);
         bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+    }
+
+    fn f64s(&self, name: &str) -> Vec<f64> {
+        let bytes = self.bytes(name);
+        bytes.chunks_exact(8).map(|b| f64::from_le_bytes(b.try_into().unwrap())).collect()
     }
 
     fn ids(&self, name: &str) -> Vec<u32> {

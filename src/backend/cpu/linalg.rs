@@ -128,6 +128,7 @@ pub(super) use factor::{inverse_cholesky_lower, matmul_f64, solve_right, symmetr
 mod factor {
     use std::num::NonZero;
 
+    use faer::diag::DiagMut;
     use faer::linalg::cholesky::llt::factor::{
         LltError, LltParams, LltRegularization, cholesky_in_place, cholesky_in_place_scratch,
     };
@@ -138,7 +139,6 @@ mod factor {
     use faer::linalg::matmul::matmul;
     use faer::linalg::triangular_inverse::invert_lower_triangular;
     use faer::prelude::ReborrowMut;
-    use faer::diag::DiagMut;
     use faer::{Accum, MatMut, MatRef, Par, Spec};
 
     /// Into how many parts faer cuts work, whatever the number of threads: a result must not depend
@@ -195,15 +195,9 @@ mod factor {
     }
 
     /// `c = a b`, all row-major: `a: [m, k]`, `b: [k, n]`.
-    pub(in super::super) fn matmul_f64(
-        c: &mut [f64],
-        a: &[f64],
-        b: &[f64],
-        [m, k, n]: [usize; 3],
-    ) {
+    pub(in super::super) fn matmul_f64(c: &mut [f64], a: &[f64], b: &[f64], [m, k, n]: [usize; 3]) {
         let c = MatMut::from_row_major_slice_mut(c, m, n);
-        let (a, b) =
-            (MatRef::from_row_major_slice(a, m, k), MatRef::from_row_major_slice(b, k, n));
+        let (a, b) = (MatRef::from_row_major_slice(a, m, k), MatRef::from_row_major_slice(b, k, n));
         matmul(c, Accum::Replace, a, b, 1.0, PARTS);
     }
 

@@ -1,5 +1,6 @@
 //! Second moments and their principal directions.
 
+use super::centred_rows;
 use crate::backend::{Backend, BackendError, Dense};
 
 /// Second moment of the rows of a stream, summed in f64 over what a device sums in f32.
@@ -30,10 +31,17 @@ impl Covariance {
         Ok(())
     }
 
-    /// Adds another, each of its rows counting `weight` times.
-    pub fn merge(&mut self, other: &Self, weight: f64) {
-        self.sum.add(&other.sum.clone().scaled(weight));
-        self.tokens += other.tokens;
+    /// Makes it that of the rows less each row's own mean over the features.
+    pub fn centre(&mut self) {
+        let n = self.sum.rows;
+        // Only the lower triangle is right so far.
+        for i in 0..n {
+            for j in 0..i {
+                self.sum.data[j * n + i] = self.sum.data[i * n + j];
+            }
+        }
+        let once = centred_rows(std::mem::replace(&mut self.sum, Dense::zeros(0, 0)));
+        self.sum = centred_rows(once.transposed());
     }
 }
 

@@ -19,6 +19,8 @@ pub struct ParameterCount {
     pub bias: u64,
     /// Norms.
     pub norm: u64,
+    /// Matrices on the shortcuts of a sliced model.
+    pub shortcut: u64,
     /// The output matrix where it is not tied.
     pub lm_head: u64,
 }
@@ -26,14 +28,15 @@ pub struct ParameterCount {
 impl ParameterCount {
     /// All parameters.
     pub fn total(&self) -> u64 {
-        self.embedding + self.positions + self.linear + self.bias + self.norm + self.lm_head
+        let inside = self.linear + self.bias + self.norm + self.shortcut;
+        self.embedding + self.positions + inside + self.lm_head
     }
 }
 
 /// Floating-point operations for one token of a forward pass; a multiply-add is two.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct FlopsPerToken {
-    /// The blocks' linears.
+    /// The blocks' linears, and the matrices on the shortcuts of a sliced model.
     pub linear: u64,
     /// Products of queries with keys, and of their weights with values.
     pub attention: u64,
@@ -49,6 +52,8 @@ impl ModelConfig {
         let blocks = self.num_hidden_layers as u64;
         let hidden = self.hidden_size as u64;
         let table = self.vocab_size as u64 * hidden;
+        let exit = self.exit_width() as u64;
+        let head = self.vocab_size as u64 * (exit + u64::from(arch.lm_head_bias));
         let mut count = ParameterCount {
             embedding: table,
             positions: match arch.positions {
@@ -60,17 +65,21 @@ impl ModelConfig {
             linear: self.linear_weights(arch),
             bias: 0,
             norm: 0,
-            lm_head: if self.tie_word_embeddings { 0 } else { table },
+            shortcut: self.shortcut_weights(arch),
+            lm_head: if self.tie_word_embeddings { 0 } else { head },
         };
         for role in arch.linears.iter().map(|linear| linear.role) {
             if self.has_bias(role) {
-                count.bias += self.linear_shape(role)[0] as u64 * blocks;
+                let rows = |block| self.linear_shape_in(block, role)[0] as u64;
+                count.bias += (0..self.num_hidden_layers).map(rows).sum::<u64>();
             }
         }
-        for (norm, times) in
-            [(&arch.attn_norm, blocks), (&arch.mlp_norm, blocks), (&arch.final_norm, 1)]
-        {
-            count.norm += hidden * (1 + u64::from(norm.bias)) * times;
+        for (norm, columns) in [
+            (&arch.attn_norm, hidden * blocks),
+            (&arch.mlp_norm, hidden * blocks),
+            (&arch.final_norm, exit),
+        ] {
+            count.norm += columns * (1 + u64::from(norm.bias));
         }
         count
     }
@@ -84,16 +93,29 @@ impl ModelConfig {
             width * (width + 1)
         };
         FlopsPerToken {
-            linear: 2 * self.linear_weights(arch),
+            linear: 2 * (self.linear_weights(arch) + self.shortcut_weights(arch)),
             attention: 4 * context as u64 * self.q_features() as u64 * blocks,
-            lm_head: 2 * self.vocab_size as u64 * self.hidden_size as u64,
+            lm_head: 2 * self.vocab_size as u64 * self.exit_width() as u64,
             gram_per_block: CapturePoint::ALL.into_iter().map(gram).sum(),
         }
     }
 
     fn linear_weights(&self, arch: &Architecture) -> u64 {
         let weights = |[rows, cols]: [usize; 2]| rows as u64 * cols as u64;
-        arch.linears.iter().map(|linear| weights(self.linear_shape(linear.role))).sum::<u64>()
-            * self.num_hidden_layers as u64
+        let block = |block| {
+            let linears = arch.linears.iter();
+            linears.map(|linear| weights(self.linear_shape_in(block, linear.role))).sum::<u64>()
+        };
+        (0..self.num_hidden_layers).map(block).sum()
+    }
+
+    /// Weights on the shortcuts of all blocks.
+    pub fn shortcut_weights(&self, arch: &Architecture) -> u64 {
+        if arch.shortcuts.is_none() {
+            return 0;
+        }
+        let hidden = self.hidden_size as u64;
+        let block = |block| hidden * (hidden + self.width_after(block) as u64);
+        (0..self.num_hidden_layers).map(block).sum()
     }
 }

@@ -79,6 +79,7 @@ impl ModelConfig {
         };
         let config = Self {
             hidden_size,
+            exit_size: None,
             intermediate_size: size("feed_forward_length")?,
             num_hidden_layers: size("block_count")?,
             num_attention_heads: heads,

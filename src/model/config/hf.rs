@@ -62,8 +62,13 @@ impl ModelConfig {
             Positions::Rope => Some(read_rope(&keys)?),
             Positions::Learned { .. } => None,
         };
+        let exit_size = match arch.shortcuts {
+            Some(_) => keys.optional_size("exit_size")?,
+            None => None,
+        };
         let config = Self {
             hidden_size,
+            exit_size,
             intermediate_size: keys.size(&arch.keys.intermediate_size)?,
             num_hidden_layers: keys.size("num_hidden_layers")?,
             num_attention_heads: heads,
@@ -100,9 +105,12 @@ impl ModelConfig {
         put(&arch.keys.intermediate_size, json!(self.intermediate_size));
         put("num_hidden_layers", json!(self.num_hidden_layers));
         put("num_attention_heads", json!(self.num_attention_heads));
-        if arch.positions == Positions::Rope {
+        if arch.positions == Positions::Rope || arch.shortcuts.is_some() {
             put("num_key_value_heads", json!(self.num_key_value_heads));
             put("head_dim", json!(self.head_dim));
+        }
+        if let Some(size) = self.exit_size {
+            put("exit_size", json!(size));
         }
         put("vocab_size", json!(self.vocab_size));
         put("max_position_embeddings", json!(self.max_position_embeddings));

@@ -23,6 +23,9 @@ use crate::backend::{Activation, RopeTables};
 pub struct ModelConfig {
     /// Width of the residual stream.
     pub hidden_size: usize,
+    /// Width of the residual stream after the last block, of a sliced model whose output matrix is
+    /// not; else it stays [`hidden_size`](Self::hidden_size).
+    pub exit_size: Option<usize>,
     /// Width inside the MLP.
     pub intermediate_size: usize,
     /// Blocks.
@@ -83,6 +86,34 @@ impl ModelConfig {
         }
     }
 
+    /// [`linear_shape`](Self::linear_shape) in a block: the last one may write a stream of another
+    /// width.
+    pub fn linear_shape_in(&self, block: usize, role: Role) -> [usize; 2] {
+        match role {
+            Role::DownProj => [self.width_after(block), self.intermediate_size],
+            _ => self.linear_shape(role),
+        }
+    }
+
+    /// Columns of the residual stream after a block.
+    pub fn width_after(&self, block: usize) -> usize {
+        let last = block + 1 == self.num_hidden_layers;
+        self.exit_size.filter(|_| last).unwrap_or(self.hidden_size)
+    }
+
+    /// Columns of the residual stream that the output matrix reads.
+    pub fn exit_width(&self) -> usize {
+        self.exit_size.unwrap_or(self.hidden_size)
+    }
+
+    /// Epsilon of the last norm: all norms add the same to the mean over as many columns.
+    pub fn exit_norm_eps(&self) -> f32 {
+        match self.exit_size {
+            Some(size) => self.norm_eps * self.hidden_size as f32 / size as f32,
+            None => self.norm_eps,
+        }
+    }
+
     /// Width of the activations at a capture point.
     pub fn capture_width(&self, point: CapturePoint) -> usize {
         match point {
@@ -133,6 +164,9 @@ impl ModelConfig {
             check((1..=limit).contains(&value), key, value, || format!("1 to {limit}"))
         };
         range("hidden_size", self.hidden_size, MAX_WIDTH)?;
+        if let Some(size) = self.exit_size {
+            range("exit_size", size, MAX_WIDTH)?;
+        }
         range("intermediate_size", self.intermediate_size, MAX_WIDTH)?;
         range("num_hidden_layers", self.num_hidden_layers, MAX_BLOCKS)?;
         range("num_attention_heads", self.num_attention_heads, MAX_HEADS)?;

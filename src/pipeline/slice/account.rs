@@ -58,7 +58,8 @@ impl Sizes {
         let tensors = source.tensors().iter();
         Self::new(
             source,
-            tensors.map(|tensor| (tensor.name.as_str(), tensor.shape.as_slice(), tensor.stored_bytes)),
+            tensors
+                .map(|tensor| (tensor.name.as_str(), tensor.shape.as_slice(), tensor.stored_bytes)),
         )
     }
 

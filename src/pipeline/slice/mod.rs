@@ -3,6 +3,7 @@
 //! model can be done to a sliced one, in the same run and with the same result as in a second.
 
 mod account;
+mod blocks;
 mod plan;
 mod shared;
 mod stream;
@@ -16,7 +17,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use sparsepack_formats::{Digest, FormatError, OutputFile};
 
-pub use account::{SliceAccount, Sizes};
+pub use account::{Sizes, SliceAccount};
 pub(super) use plan::Slicing;
 
 use super::{
@@ -145,8 +146,8 @@ impl SliceJob<'_> {
     fn found(&self, wanted: Marker) -> Result<Marker> {
         let path = self.marker();
         let bytes = std::fs::read(&path).map_err(|source| self.io(source, "read the record"))?;
-        let found: Marker = serde_json::from_slice(&bytes)
-            .map_err(|source| FormatError::Json { path, source })?;
+        let found: Marker =
+            serde_json::from_slice(&bytes).map_err(|source| FormatError::Json { path, source })?;
         let wanted = Marker { kept_variance: found.kept_variance.clone(), ..wanted };
         if found == wanted {
             return Ok(found);
@@ -170,7 +171,7 @@ impl SliceJob<'_> {
         self.progress.start(self.source.config().num_hidden_layers as u64 * 2 * batches);
         let kept = match self.slicing.recipe.basis {
             Basis::Shared => self.make_shared(b, directory, times)?,
-            Basis::Block => todo!(),
+            Basis::Block => self.make_in_blocks(b, directory, times)?,
         };
         self.progress.finish();
         Ok(kept)

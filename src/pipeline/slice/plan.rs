@@ -8,7 +8,7 @@ use super::super::{
     error::{PipelineError, Result},
     plan::{OutputTensor, contradiction},
 };
-use super::{SliceAccount, Sizes};
+use super::{Sizes, SliceAccount};
 use crate::{
     compress::Basis,
     model::{ModelSource, SlicedModel, TensorKind, sidecars},
@@ -82,7 +82,7 @@ impl Slicing {
         let dtype = dtype(source, recipe);
         let model = match slice.basis {
             Basis::Shared => SlicedModel::shared(source, width, dtype)?,
-            Basis::Block => todo!(),
+            Basis::Block => SlicedModel::in_blocks(source, width, slice.head, dtype)?,
         };
         let (directory, files) = match source.reader().metadata() {
             ModelMetadata::HuggingFace { directory, .. } => (directory.clone(), None),
@@ -114,13 +114,13 @@ impl Slicing {
     ) -> SliceAccount {
         let config = source.config();
         let untied = config.tie_word_embeddings && !self.model.config.tie_word_embeddings;
-        let head = (config.vocab_size * self.model.config.hidden_size) as u64;
+        let head = (config.vocab_size * self.model.config.exit_width()) as u64;
         SliceAccount {
             basis: self.recipe.basis,
             class: self.model.arch.hf_class.clone(),
             before: self.before,
             after: Sizes::of_outputs(&self.outline, outputs),
-            shortcut_parameters: 0,
+            shortcut_parameters: self.model.config.shortcut_weights(self.model.arch),
             untied_parameters: if untied { head } else { 0 },
             kept_variance: Vec::new(),
         }

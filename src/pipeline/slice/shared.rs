@@ -12,11 +12,7 @@ use super::{
     stream::Stream,
     weights::{Bases, SlicedWriter},
 };
-use crate::{
-    backend::Backend,
-    compress::slicegpt::Covariance,
-    model::CapturePoint,
-};
+use crate::{backend::Backend, compress::slicegpt::Covariance, model::CapturePoint};
 
 impl SliceJob<'_> {
     /// Finds the basis and writes the model. Returns the share of the variance that the basis keeps.
@@ -29,12 +25,11 @@ impl SliceJob<'_> {
         let covariance = self.covariance(b, times)?;
         let rotation = self.rotation(b, &covariance, times)?;
         let mut writer = SlicedWriter::create(b, self, directory)?;
-        let bases = Bases::Shared(&rotation.q);
-        writer.write_before_blocks(&bases, times)?;
+        writer.write_before_blocks(&rotation.q, times)?;
         for block in 0..self.source.config().num_hidden_layers {
-            writer.write_block(block, &bases, times)?;
+            writer.write_block(block, Bases::shared(&rotation.q), times)?;
         }
-        writer.write_after_blocks(&bases, times)?;
+        writer.write_after_blocks(Some(&rotation.q), times)?;
         writer.finish(times)?;
         Ok(vec![rotation.kept()])
     }
@@ -47,7 +42,8 @@ impl SliceJob<'_> {
         let mut sum = Covariance::new(config.hidden_size);
         for block in 0..config.num_hidden_layers {
             self.source.prefetch(block + 1);
-            let mut loaded = times.time(Phase::Load, || LoadedBlock::load(b, self.source, block))?;
+            let mut loaded =
+                times.time(Phase::Load, || LoadedBlock::load(b, self.source, block))?;
             times.time(Phase::Load, || loaded.install_all(b))?;
             stream.observe_normalised(&mut sum, times)?;
             stream.advance(&loaded, CapturePoint::AttnIn, Some(CapturePoint::MlpIn), times)?;

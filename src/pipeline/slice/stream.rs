@@ -36,12 +36,7 @@ impl Counted {
     }
 
     /// The rows of `x` that count in batch `batch`.
-    pub(super) fn rows<B: Backend>(
-        &self,
-        b: &B,
-        batch: usize,
-        x: B::Matrix,
-    ) -> Result<B::Matrix> {
+    pub(super) fn rows<B: Backend>(&self, b: &B, batch: usize, x: B::Matrix) -> Result<B::Matrix> {
         let Some(rows) = &self.0[batch] else { return Ok(x) };
         let HostMatrix { cols, data, .. } = b.offload(x)?;
         let data = match data {
@@ -72,11 +67,7 @@ impl<'a, B: Backend> Stream<'a, B> {
     ///
     /// # Errors
     /// Embeddings that cannot be read; the store of activations; device failure.
-    pub(super) fn enter(
-        b: &'a B,
-        job: &'a SliceJob<'a>,
-        times: &mut PhaseTimes,
-    ) -> Result<Self> {
+    pub(super) fn enter(b: &'a B, job: &'a SliceJob<'a>, times: &mut PhaseTimes) -> Result<Self> {
         let (source, set) = (job.source, job.set);
         let (config, limit) = (source.config(), job.options.memory_bytes);
         let directory = job.out.join(WORK_DIR);
@@ -100,6 +91,35 @@ impl<'a, B: Backend> Stream<'a, B> {
         self.observe(sum, times, |x| Ok(b.rms_norm(&x, &ones, config.norm_eps)?))
     }
 
+    /// Adds the rows that count, as they are, to `sum`.
+    ///
+    /// # Errors
+    /// The store of activations; device failure.
+    pub(super) fn observe_raw(
+        &mut self,
+        sum: &mut Covariance,
+        times: &mut PhaseTimes,
+    ) -> Result<()> {
+        self.observe(sum, times, Ok)
+    }
+
+    /// Multiplies the stream of every batch with a weight `[d, d]`.
+    ///
+    /// # Errors
+    /// The store of activations; device failure.
+    pub(super) fn turn(&mut self, weight: &B::Weight, times: &mut PhaseTimes) -> Result<()> {
+        let (b, hidden) = (self.b, self.job.source.config().hidden_size as f64);
+        for batch in 0..self.hidden.batches() {
+            let start = Instant::now();
+            let residual = b.onload(self.hidden.take(batch)?.residual)?;
+            let residual = b.offload(b.linear(&residual, weight, None)?)?;
+            let flops = 2.0 * residual.rows as f64 * hidden * hidden;
+            self.hidden.put(batch, HostActivations { residual, input: None })?;
+            times.charge(Phase::Forward, start.elapsed().as_secs_f64(), flops);
+        }
+        Ok(())
+    }
+
     /// Adds what `of` makes of the rows that count to `sum`.
     fn observe(
         &mut self,
@@ -116,7 +136,11 @@ impl<'a, B: Backend> Stream<'a, B> {
             let x = of(self.counted.rows(b, batch, x)?)?;
             let (tokens, features) = b.shape(&x);
             if b.count_non_finite_rows(&x)? > 0 {
-                return Err(PipelineError::NonFiniteActivations { block: self.block, bad: tokens, all: tokens });
+                return Err(PipelineError::NonFiniteActivations {
+                    block: self.block,
+                    bad: tokens,
+                    all: tokens,
+                });
             }
             sum.add(b, &x)?;
             let flops = gram_flops(tokens as f64, features as f64);

@@ -3,9 +3,9 @@
 //! Which side of a weight is turned follows from the spaces that its linear connects, so nothing here
 //! knows a family of models.
 
-use std::{path::Path, time::Instant};
+use std::{borrow::Cow, path::Path, time::Instant};
 
-use sparsepack_formats::SafetensorsWriter;
+use sparsepack_formats::{SafetensorsWriter, encoding::MatrixShape};
 
 use super::super::{
     budget::SLICED_ROWS,
@@ -19,42 +19,40 @@ use super::SliceJob;
 use crate::{
     backend::{Backend, Dense},
     compress::slicegpt,
-    model::{CapturePoint, Role, Space, TensorKind},
+    model::{CapturePoint, LayerNames, NormKind, Role, Space, TensorKind},
     recipe::{OutputFormat, OutputRecipe, Recipe},
 };
 
-/// The directions of the stream at the places where it is read and written.
-pub(super) enum Bases<'a> {
-    /// The same everywhere: `[d, d']`.
-    Shared(&'a Dense),
+/// The directions of the stream in a block, `[d, d']` each.
+#[derive(Clone, Copy)]
+pub(super) struct Bases<'a> {
+    /// Where its attention reads.
+    pub(super) attn: &'a Dense,
+    /// Where its attention writes and its MLP reads.
+    pub(super) mlp: &'a Dense,
+    /// Where its MLP writes.
+    pub(super) after: &'a Dense,
 }
 
-impl Bases<'_> {
-    /// Where the tables write.
-    fn entry(&self) -> &Dense {
-        match self {
-            Self::Shared(q) => q,
+impl<'a> Bases<'a> {
+    /// The same everywhere.
+    pub(super) fn shared(q: &'a Dense) -> Self {
+        Self { attn: q, mlp: q, after: q }
+    }
+
+    /// Where the linears of `point` read.
+    fn read_at(self, point: CapturePoint) -> &'a Dense {
+        match point {
+            CapturePoint::AttnIn => self.attn,
+            _ => self.mlp,
         }
     }
 
-    /// Where the linears that read at `point` read.
-    fn read_at(&self, _: CapturePoint) -> &Dense {
-        match self {
-            Self::Shared(q) => q,
-        }
-    }
-
-    /// Where the linears that are applied at `point` write.
-    fn written_at(&self, _: CapturePoint) -> &Dense {
-        match self {
-            Self::Shared(q) => q,
-        }
-    }
-
-    /// Where the output matrix reads.
-    fn exit(&self) -> &Dense {
-        match self {
-            Self::Shared(q) => q,
+    /// Where the linears of `point` write.
+    fn written_at(self, point: CapturePoint) -> &'a Dense {
+        match point {
+            CapturePoint::AttnOut => self.mlp,
+            _ => self.after,
         }
     }
 }
@@ -80,17 +78,21 @@ impl<'a, B: Backend> SlicedWriter<'a, B> {
         Ok(Self { b, job, packer })
     }
 
-    /// Writes the embeddings.
+    /// Writes the embeddings in the basis `q`.
     ///
     /// # Errors
     /// A tensor that cannot be read, a value too large for its type, device failure, I/O.
-    pub(super) fn write_before_blocks(
-        &mut self,
-        bases: &Bases<'_>,
-        times: &mut PhaseTimes,
-    ) -> Result<()> {
-        let before = |kind| matches!(kind, TensorKind::Embedding | TensorKind::Positions);
-        self.write(before, bases, times)
+    pub(super) fn write_before_blocks(&mut self, q: &Dense, times: &mut PhaseTimes) -> Result<()> {
+        let start = Instant::now();
+        let q = self.writable(q);
+        for (name, shape, kind) in &self.job.slicing.model.tensors {
+            if matches!(kind, TensorKind::Embedding | TensorKind::Positions) {
+                let turn = |b: &B, rows: Dense| Ok(b.dense_product(&rows, &q)?);
+                self.write_rows(name, name, shape[0], turn)?;
+            }
+        }
+        times.charge(Phase::Slice, start.elapsed().as_secs_f64(), 0.0);
+        Ok(())
     }
 
     /// Writes the tensors of a block.
@@ -100,23 +102,67 @@ impl<'a, B: Backend> SlicedWriter<'a, B> {
     pub(super) fn write_block(
         &mut self,
         block: usize,
-        bases: &Bases<'_>,
+        bases: Bases<'_>,
         times: &mut PhaseTimes,
     ) -> Result<()> {
-        self.write(|kind| kind.block() == Some(block), bases, times)
+        let start = Instant::now();
+        let tensors = self.job.slicing.model.tensors.iter();
+        for (name, shape, kind) in tensors.filter(|(_, _, kind)| kind.block() == Some(block)) {
+            let values = match *kind {
+                TensorKind::Linear { role, .. } => self.weight(block, role, bases)?,
+                TensorKind::LinearBias { role, .. } => self.bias(block, role, bases)?,
+                TensorKind::Shortcut { past, .. } => {
+                    let from = if past == CapturePoint::AttnOut { bases.attn } else { bases.mlp };
+                    slicegpt::writer(self.b, from, bases.written_at(past))?
+                }
+                // The gains of norms are in what reads them.
+                _ => Dense { rows: 1, cols: shape[0], data: vec![1.0; shape[0]] },
+            };
+            self.put(name, &values)?;
+        }
+        self.job.source.release(block);
+        times.charge(Phase::Slice, start.elapsed().as_secs_f64(), 0.0);
+        Ok(())
     }
 
-    /// Writes the last norm and the output matrix.
+    /// Writes the last norm and the output matrix, which reads the stream in the basis `q`, or as it
+    /// was before slicing.
     ///
     /// # Errors
     /// As [`write_before_blocks`](Self::write_before_blocks).
     pub(super) fn write_after_blocks(
         &mut self,
-        bases: &Bases<'_>,
+        q: Option<&Dense>,
         times: &mut PhaseTimes,
     ) -> Result<()> {
-        let after = |kind| matches!(kind, TensorKind::FinalNorm | TensorKind::LmHead);
-        self.write(after, bases, times)
+        let start = Instant::now();
+        let source = self.job.source;
+        let norm = source.final_norm();
+        let gain = self.vector(&norm.weight)?;
+        for (name, shape, kind) in &self.job.slicing.model.tensors {
+            match kind {
+                TensorKind::FinalNorm => {
+                    let ones = Dense { rows: 1, cols: shape[0], data: vec![1.0; shape[0]] };
+                    self.put(name, &ones)?;
+                }
+                TensorKind::LmHead => {
+                    self.write_rows(name, &source.lm_head(), shape[0], |b, rows| match q {
+                        Some(q) => Ok(slicegpt::reader(b, rows, &gain, q)?),
+                        None => Ok(rows.scale_columns(&gain)),
+                    })?;
+                }
+                TensorKind::LmHeadBias => {
+                    let bias = self.vector(norm.bias.as_deref().unwrap_or_default())?;
+                    let bias = Dense { rows: bias.len(), cols: 1, data: bias };
+                    self.write_rows(name, &source.lm_head(), shape[0], |b, rows| {
+                        Ok(b.dense_product(&rows, &bias)?)
+                    })?;
+                }
+                _ => {}
+            }
+        }
+        times.charge(Phase::Slice, start.elapsed().as_secs_f64(), 0.0);
+        Ok(())
     }
 
     /// Completes the files.
@@ -127,80 +173,86 @@ impl<'a, B: Backend> SlicedWriter<'a, B> {
         times.time(Phase::Write, || self.packer.finish()).map(drop)
     }
 
-    fn write(
-        &mut self,
-        which: impl Fn(TensorKind) -> bool,
-        bases: &Bases<'_>,
-        times: &mut PhaseTimes,
-    ) -> Result<()> {
-        let start = Instant::now();
-        let tensors = self.job.slicing.model.tensors.iter();
-        for (name, shape, kind) in tensors.filter(|(_, _, kind)| which(*kind)) {
-            match *kind {
-                TensorKind::Embedding | TensorKind::Positions => {
-                    self.write_rows(name, name, shape[0], |b, rows| {
-                        Ok(b.dense_product(&rows, bases.entry())?)
-                    })?;
-                }
-                TensorKind::LmHead => {
-                    let source = self.job.source;
-                    let gain = self.vector(&source.final_norm().weight)?;
-                    self.write_rows(name, &source.lm_head(), shape[0], |b, rows| {
-                        Ok(slicegpt::reader(b, rows, &gain, bases.exit())?)
-                    })?;
-                }
-                TensorKind::BlockNorm { .. } | TensorKind::FinalNorm => {
-                    self.put(name, vec![1.0; shape[0]])?;
-                }
-                TensorKind::Linear { block, role } => {
-                    let weight = self.linear(block, role, bases)?;
-                    self.put(name, weight.to_f32())?;
-                }
-                TensorKind::LinearBias { role, .. } => {
-                    let bias = self.vector(name)?;
-                    let bias = Dense { rows: bias.len(), cols: 1, data: bias };
-                    let bias = self.written(role, bias, bases)?;
-                    self.put(name, bias.to_f32())?;
-                }
-                TensorKind::Other => {}
-            }
-        }
-        times.charge(Phase::Slice, start.elapsed().as_secs_f64(), 0.0);
-        Ok(())
-    }
-
-    /// A linear's weight with the sides turned that are in the stream.
-    fn linear(&self, block: usize, role: Role, bases: &Bases<'_>) -> Result<Dense> {
-        let (source, b) = (self.job.source, self.b);
-        let (name, [rows, cols]) = {
-            let names = source.linear(block, role);
-            let name = names.map(|names| names.weight).unwrap_or_default();
-            (name, source.config().linear_shape(role))
+    /// A linear's weight, turned on the sides that are in the stream.
+    fn weight(&self, block: usize, role: Role, bases: Bases<'_>) -> Result<Dense> {
+        let (Some(spec), Some(names)) =
+            (self.job.source.arch().linear(role), self.job.source.linear(block, role))
+        else {
+            return Ok(Dense::zeros(0, 0));
         };
-        let values = source.read_f32(&name)?;
-        source.check_finite(&name, &values)?;
-        let mut weight = Dense::new(rows, cols, &values)?;
-        if let Some(spec) = source.arch().linear(role)
-            && spec.in_space == Space::Residual
-        {
-            let norm = match spec.capture {
-                CapturePoint::AttnIn => source.attn_norm(block),
-                _ => source.mlp_norm(block),
-            };
-            let gain = self.vector(&norm.weight)?;
-            weight = slicegpt::reader(b, weight, &gain, bases.read_at(spec.capture))?;
-        }
-        self.written(role, weight, bases)
-    }
-
-    /// A weight or bias turned where it writes into the stream.
-    fn written(&self, role: Role, weight: Dense, bases: &Bases<'_>) -> Result<Dense> {
-        Ok(match self.job.source.arch().linear(role) {
-            Some(spec) if spec.out_space == Space::Residual => {
-                slicegpt::writer(self.b, &weight, bases.written_at(spec.capture))?
+        let weight = self.matrix(&names.weight)?;
+        let weight = match spec.in_space {
+            Space::Residual => {
+                let gain = self.vector(&self.norm_before(spec.capture, block).weight)?;
+                slicegpt::reader(self.b, weight, &gain, bases.read_at(spec.capture))?
             }
             _ => weight,
-        })
+        };
+        match spec.out_space {
+            Space::Residual => {
+                let q = self.writable(bases.written_at(spec.capture));
+                Ok(slicegpt::writer(self.b, &weight, &q)?)
+            }
+            _ => Ok(weight),
+        }
+    }
+
+    /// A linear's bias: its own, with that of the norm before it, turned where it is in the stream.
+    fn bias(&self, block: usize, role: Role, bases: Bases<'_>) -> Result<Dense> {
+        let source = self.job.source;
+        let (Some(spec), Some(names)) = (source.arch().linear(role), source.linear(block, role))
+        else {
+            return Ok(Dense::zeros(0, 0));
+        };
+        let rows = source.config().linear_shape(role)[0];
+        let mut bias = Dense::zeros(rows, 1);
+        if let Some(name) = names.bias {
+            bias.data = self.vector(&name)?;
+        }
+        let norm = self.norm_before(spec.capture, block);
+        if let (Space::Residual, Some(shift)) = (spec.in_space, norm.bias) {
+            let shift = self.vector(&shift)?;
+            let shift = Dense { rows: shift.len(), cols: 1, data: shift };
+            bias.add(&self.b.dense_product(&self.matrix(&names.weight)?, &shift)?);
+        }
+        match spec.out_space {
+            Space::Residual => {
+                let q = self.writable(bases.written_at(spec.capture));
+                Ok(slicegpt::writer(self.b, &bias, &q)?)
+            }
+            _ => Ok(bias),
+        }
+    }
+
+    /// The norm that the linears of `point` read through, where they read the stream.
+    fn norm_before(&self, point: CapturePoint, block: usize) -> LayerNames {
+        match point {
+            CapturePoint::AttnIn | CapturePoint::AttnOut => self.job.source.attn_norm(block),
+            CapturePoint::MlpIn | CapturePoint::MlpHidden => self.job.source.mlp_norm(block),
+        }
+    }
+
+    /// The basis in which something is written. A norm that subtracts the mean becomes one that does
+    /// not, and what is written then has none.
+    fn writable<'q>(&self, q: &'q Dense) -> Cow<'q, Dense> {
+        match self.job.source.arch().norm {
+            NormKind::Rms => Cow::Borrowed(q),
+            NormKind::Layer => Cow::Owned(slicegpt::centred_rows(q.clone())),
+        }
+    }
+
+    fn matrix(&self, name: &str) -> Result<Dense> {
+        let source = self.job.source;
+        let values = source.read_f32(name)?;
+        source.check_finite(name, &values)?;
+        let MatrixShape { rows, cols } = MatrixShape::of(&source.tensor(name)?.shape);
+        Ok(Dense::new(rows, cols, &values)?)
+    }
+
+    fn vector(&self, name: &str) -> Result<Vec<f64>> {
+        let values = self.job.source.read_f32(name)?;
+        self.job.source.check_finite(name, &values)?;
+        Ok(values.into_iter().map(f64::from).collect())
     }
 
     /// Turns a table some rows at a time.
@@ -218,20 +270,14 @@ impl<'a, B: Backend> SlicedWriter<'a, B> {
             let values = source.read_rows_f32(from, rows.clone())?;
             source.check_finite(from, &values)?;
             let turned = turn(self.b, Dense::new(rows.len(), cols, &values)?)?;
-            self.put(name, turned.to_f32())?;
+            self.put(name, &turned)?;
             source.reader().release(&[&source.tensor(from)?.stored_name]);
         }
         Ok(())
     }
 
-    fn vector(&self, name: &str) -> Result<Vec<f64>> {
-        let values = self.job.source.read_f32(name)?;
-        self.job.source.check_finite(name, &values)?;
-        Ok(values.into_iter().map(f64::from).collect())
-    }
-
-    fn put(&mut self, name: &str, mut values: Vec<f32>) -> Result<()> {
-        let bytes = round_to_stored(name, self.job.slicing.dtype, &mut values)?;
+    fn put(&mut self, name: &str, values: &Dense) -> Result<()> {
+        let bytes = round_to_stored(name, self.job.slicing.dtype, &mut values.to_f32())?;
         self.packer.write(name, 0, bytes)
     }
 }
