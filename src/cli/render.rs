@@ -16,8 +16,8 @@ use super::{
 use crate::{
     model::ModelSource,
     pipeline::{
-        ConversionPlan, Converted, Fallback, Manifest, Phase, PhaseTimes, TensorRecord, Totals,
-        VerifyReport, resident_bytes,
+        ConversionPlan, Converted, Fallback, Manifest, Phase, PhaseTimes, SliceAccount,
+        TensorRecord, Totals, VerifyReport, resident_bytes,
     },
     recipe::OutputFormat,
 };
@@ -83,6 +83,8 @@ fn ratio(part: u64, whole: u64) -> f64 {
 /// A finished conversion as JSON.
 #[derive(Debug, Serialize)]
 pub(super) struct ConvertedJson<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    slice: Option<&'a SliceAccount>,
     totals: &'a Totals,
     seconds: f64,
     peak_rss_bytes: Option<u64>,
@@ -113,6 +115,7 @@ struct PhaseJson {
 impl<'a> ConvertedJson<'a> {
     pub(super) fn new(plan: &'a ConversionPlan, converted: &'a Converted) -> Self {
         Self {
+            slice: converted.manifest.slice.as_ref(),
             totals: &converted.manifest.totals,
             seconds: converted.secs,
             peak_rss_bytes: resident_bytes().map(|(_, peak)| peak),
@@ -137,7 +140,10 @@ pub(super) fn converted(
 ) -> Result<(), CliError> {
     let totals = &converted.manifest.totals;
     let mut text = io::stdout().lock();
+    let slice = converted.manifest.slice.as_ref();
+    growth(&mut text, slice)?;
     writeln!(text, "wrote {}", out.display())?;
+    slice_lines(&mut text, slice)?;
     writeln!(
         text,
         "  all tensors     {:>10} -> {:>10}  ({:.1}% of dense)",
@@ -254,6 +260,78 @@ fn output_errors(text: &mut impl Write, manifest: &Manifest) -> io::Result<()> {
     writeln!(text)
 }
 
+/// Says before anything else that a slice makes the model larger, and by what.
+fn growth(text: &mut impl Write, slice: Option<&SliceAccount>) -> io::Result<()> {
+    let Some(slice) = slice.filter(|slice| slice.grows()) else { return Ok(()) };
+    let (before, after) = (slice.before.parameters, slice.after.parameters);
+    write!(
+        text,
+        "LARGER: this slice makes the model larger, from {} to {} parameters",
+        count(before),
+        count(after)
+    )?;
+    let causes = [
+        (slice.untied_parameters, "an output matrix of its own"),
+        (slice.shortcut_parameters, "matrices on the shortcuts"),
+    ];
+    for (parameters, what) in causes.into_iter().filter(|(parameters, _)| *parameters > 0) {
+        write!(text, "; {} of them for {what}", count(parameters))?;
+    }
+    writeln!(text)
+}
+
+/// What a slice saves and costs.
+fn slice_lines(text: &mut impl Write, slice: Option<&SliceAccount>) -> io::Result<()> {
+    let Some(slice) = slice else { return Ok(()) };
+    let SliceAccount { before, after, .. } = slice;
+    writeln!(
+        text,
+        "  slice           {} basis, hidden size {} -> {}, class {}",
+        slice.basis.name(),
+        before.hidden_size,
+        after.hidden_size,
+        slice.class
+    )?;
+    let mut change = |what: &str, before: String, after: String, ratio: f64| {
+        writeln!(text, "    {what:<20} {before:>14} -> {after:>14}  ({ratio:.1}%)")
+    };
+    let share = |part: u64, whole: u64| 100.0 * part as f64 / whole.max(1) as f64;
+    for (what, before, after) in [
+        ("parameters", before.parameters, after.parameters),
+        ("FLOP a token", before.flops_per_token, after.flops_per_token),
+    ] {
+        change(what, count(before), count(after), share(after, before))?;
+    }
+    for (what, before, after) in [
+        ("bytes of tensors", before.bytes, after.bytes),
+        ("bytes a decoded token", before.decode_bytes, after.decode_bytes),
+    ] {
+        change(what, bytes(before), bytes(after), share(after, before))?;
+    }
+    if slice.untied_parameters > 0 {
+        let parameters = count(slice.untied_parameters);
+        writeln!(
+            text,
+            "    output matrix        {parameters} parameters, which were the embeddings'"
+        )?;
+    }
+    if slice.shortcut_parameters > 0 {
+        let parameters = count(slice.shortcut_parameters);
+        writeln!(text, "    shortcuts            {parameters} parameters")?;
+    }
+    let kept = &slice.kept_variance;
+    let least = kept.iter().copied().fold(1.0, f64::min);
+    match kept.as_slice() {
+        [] => Ok(()),
+        [_] => writeln!(text, "    kept variance        {:.2}%", 100.0 * least),
+        _ => {
+            let mean = kept.iter().sum::<f64>() / kept.len() as f64;
+            let (mean, least) = (100.0 * mean, 100.0 * least);
+            writeln!(text, "    kept variance        {mean:.2}% on average, at least {least:.2}%")
+        }
+    }
+}
+
 /// The sum of [`zeros_lost`].
 fn zero_loss(text: &mut impl Write, manifest: &Manifest) -> io::Result<()> {
     let lost = zeros_lost(manifest);
@@ -324,6 +402,7 @@ pub(super) fn plan(
 ) -> Result<(), CliError> {
     let config = source.config();
     let mut text = io::stdout().lock();
+    growth(&mut text, plan.slice.as_ref())?;
     writeln!(
         text,
         "{}: {}, {} blocks, hidden size {}, {} parameters",
@@ -349,6 +428,7 @@ pub(super) fn plan(
         None if plan.recipe.quantize.is_none() => writeln!(text, "  prune           nothing")?,
         None => {}
     }
+    slice_lines(&mut text, plan.slice.as_ref())?;
     quantize_line(&mut text, plan)?;
     packed_line(&mut text, plan)?;
     readers_line(&mut text, plan)?;
