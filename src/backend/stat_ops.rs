@@ -13,6 +13,26 @@ pub trait StatOps: Storage {
     /// Shapes that do not fit; device failure.
     fn gram_accumulate(&self, h: &mut Self::Matrix, x: &Self::Matrix) -> Result<()>;
 
+    /// `c += aᵀb`.
+    ///
+    /// # Shapes
+    /// `c: [m, n]` f32, `a: [tokens, m]`, `b: [tokens, n]`.
+    ///
+    /// # Errors
+    /// Shapes that do not fit; device failure.
+    fn cross_accumulate(
+        &self,
+        c: &mut Self::Matrix,
+        a: &Self::Matrix,
+        b: &Self::Matrix,
+    ) -> Result<()>;
+
+    /// Multiplies each row of `x` with its factor.
+    ///
+    /// # Errors
+    /// Another number of factors than rows; device failure.
+    fn scale_rows(&self, x: &mut Self::Matrix, factors: &[f32]) -> Result<()>;
+
     /// `sums[j] += Σ_t x[t, j]²`, sums of a call in f32 or better.
     ///
     /// # Shapes

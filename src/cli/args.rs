@@ -8,7 +8,9 @@ use clap::{Args, ValueEnum, ValueHint};
 use super::CliError;
 use crate::{
     backend::{Device, DeviceOptions, Precision, ScaleSearch},
-    compress::{Basis, Candidate, Damping, GroupSize, Method, Quantizer, Scheme, Sparsity},
+    compress::{
+        Basis, Candidate, Correction, Damping, GroupSize, Method, Quantizer, Scheme, Sparsity,
+    },
     recipe::{
         BlockRange, BudgetRecipe, OutputFormat, Percent, PruneRecipe, QuantizeRecipe, Recipe,
         RecipeError, Selector, Sequential, SliceRecipe, WeightDType,
@@ -105,6 +107,12 @@ struct SliceArgs {
     /// One basis for a model that stock programs load, or one a block [default: shared].
     #[arg(long, value_name = "BASIS")]
     basis: Option<Basis>,
+    /// Fit the sliced weights to the dense model, in the shared basis [default: least-squares].
+    #[arg(long, value_name = "HOW")]
+    slice_correction: Option<Correction>,
+    /// How strongly fitted weights are drawn towards plainly sliced ones [default: 0.3].
+    #[arg(long, value_name = "FRACTION")]
+    slice_damp: Option<f64>,
     /// Slice the output matrix too, with --basis block.
     #[arg(long)]
     slice_head: bool,
@@ -263,6 +271,8 @@ impl SliceArgs {
             let flags = [
                 ("--slice-multiple", self.slice_multiple.is_some()),
                 ("--basis", self.basis.is_some()),
+                ("--slice-correction", self.slice_correction.is_some()),
+                ("--slice-damp", self.slice_damp.is_some()),
                 ("--slice-head", self.slice_head),
             ];
             match flags.into_iter().find(|(_, given)| *given) {
@@ -277,6 +287,8 @@ impl SliceArgs {
             }
             slice.multiple = self.slice_multiple.unwrap_or(slice.multiple);
             slice.basis = self.basis.unwrap_or(slice.basis);
+            slice.correction = self.slice_correction.unwrap_or(slice.correction);
+            slice.damp = self.slice_damp.unwrap_or(slice.damp);
             slice.head |= self.slice_head;
         }
         Ok(())

@@ -71,6 +71,11 @@ impl<B: Backend> LoadedBlock<B> {
         Ok(Self { block, linears })
     }
 
+    /// The linears that share the input at `point`.
+    pub fn at(&mut self, point: CapturePoint) -> impl Iterator<Item = &mut LoadedLinear> {
+        self.linears.iter_mut().filter(move |linear| linear.capture == point)
+    }
+
     /// Stacks the linears of `point` on the device, ready for products.
     ///
     /// # Errors

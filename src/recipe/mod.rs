@@ -16,8 +16,8 @@ pub use percent::{ParsePercentError, Percent};
 pub use selector::{BlockRange, ParseSelectorError, Selector};
 
 use crate::compress::{
-    Basis, Candidate, Choice, Damping, GroupSize, Method, Quantizer, ScaleSearch, Scheme,
-    SolverOptions, Sparsity,
+    Basis, Candidate, Choice, Correction, Damping, GroupSize, Method, Quantizer, ScaleSearch,
+    Scheme, SolverOptions, Sparsity,
 };
 
 /// A whole recipe. Every part may be left out.
@@ -63,6 +63,13 @@ pub struct SliceRecipe {
     /// `shared`, or `block`.
     #[serde(default)]
     pub basis: Basis,
+    /// `least-squares` or `none`, in the shared basis.
+    #[serde(default)]
+    pub correction: Correction,
+    /// How strongly fitted weights are drawn towards those of a plain slice: a fraction of each
+    /// feature's own energy.
+    #[serde(default = "SliceRecipe::default_damp")]
+    pub damp: f64,
     /// Slice the output matrix too, in the block basis; in the shared one it always is.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub head: bool,
@@ -74,10 +81,22 @@ impl SliceRecipe {
         64
     }
 
+    /// Best on held-out text of those tried (docs/NUMERICS.md).
+    fn default_damp() -> f64 {
+        0.3
+    }
+
     /// Everything else by default.
     pub fn new(fraction: Option<Percent>, width: Option<usize>) -> Self {
-        let multiple = Self::default_multiple();
-        Self { fraction, width, multiple, basis: Basis::default(), head: false }
+        Self {
+            fraction,
+            width,
+            multiple: Self::default_multiple(),
+            basis: Basis::default(),
+            correction: Correction::default(),
+            damp: Self::default_damp(),
+            head: false,
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use std::{path::Path, time::Duration};
 use sparsepack::{
     backend::{Dense, DenseOps, DeviceOptions, Precision, cpu::Cpu, dispatch},
     calibration::{CalibrationSet, Sampling},
-    compress::Basis,
+    compress::{Basis, Correction},
     eval,
     model::ModelSource,
     pipeline::{ConversionPlan, NoProgress, RunOptions, convert},
@@ -69,7 +69,8 @@ fn check(model: &str, key: &str, slice: SliceRecipe) {
 }
 
 fn slice(width: usize, basis: Basis, head: bool) -> SliceRecipe {
-    SliceRecipe { basis, head, ..SliceRecipe::new(None, Some(width)) }
+    let correction = Correction::None;
+    SliceRecipe { basis, head, correction, ..SliceRecipe::new(None, Some(width)) }
 }
 
 #[test]

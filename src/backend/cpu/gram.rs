@@ -10,7 +10,7 @@ use super::bf16::pack::{self, Source};
 use super::bf16::{BLOCK, Isa, Line, Session, Sums, TILE_LINES, Target};
 use super::buffers::Scratch;
 use super::linalg::{self, View, ViewMut};
-use super::matrix::{STRIP, strip_len};
+use super::matrix::{STRIP, shape_error, strip_len};
 use super::simd::vectorised;
 use super::{CpuMatrix, Products};
 use crate::backend::{HostData, Result};
@@ -72,26 +72,19 @@ fn gram_bf16(isa: Isa, h: &mut [f32], x: &[bf16], d: usize) {
         let strips = h.par_chunks_mut(BLOCK * d).enumerate().rev().with_max_len(1);
         strips.for_each_init(Vec::new, |a, (strip, h)| {
             let panels = &columns[..(strip + 1) * lines];
-            add_gram_strip(isa, panels, lines, a, h, d);
+            let own = &columns[strip * lines..][..lines];
+            add_strip(isa, own, panels, a, h, d);
         });
     }
 }
 
-/// Adds to the strip of rows of `h` whose panel is the last of `panels`, left of and on the
-/// diagonal. The tokens go in parts, so that a part of the strip stays in the first-level cache
-/// while all panels pass by.
-fn add_gram_strip(
-    isa: Isa,
-    panels: &[Line],
-    lines: usize,
-    a: &mut Vec<Line>,
-    h: &mut [f32],
-    d: usize,
-) {
+/// Adds to a strip of rows of `h`, `d` values each: `own` is the panel of its features, `panels` are
+/// those of its columns. The tokens go in parts, so that a part of the strip stays in the first-level
+/// cache while all panels pass by.
+fn add_strip(isa: Isa, own: &[Line], panels: &[Line], a: &mut Vec<Line>, h: &mut [f32], d: usize) {
     let session = Session::start(isa);
     let mut sums = Sums::ZERO;
-    let rows = h.len() / d;
-    let own = &panels[panels.len() - lines..];
+    let (rows, lines) = (h.len() / d, own.len());
     for (part, own) in own.chunks(PART_LINES).enumerate() {
         a.clear();
         a.extend_from_slice(own);
@@ -103,6 +96,89 @@ fn add_gram_strip(
             session.block_into(a, b, out, &mut sums);
         }
     }
+}
+
+/// `c += aᵀ b`.
+pub(super) fn cross_accumulate(
+    products: Products,
+    c: &mut CpuMatrix,
+    a: &CpuMatrix,
+    b: &CpuMatrix,
+) -> Result<()> {
+    const OPERATION: &str = "cross_accumulate";
+    c.expect_shape(OPERATION, a.cols, b.cols)?;
+    b.expect_shape(OPERATION, a.rows, b.cols)?;
+    let c = c.f32s_mut(OPERATION)?;
+    if a.cols == 0 || b.cols == 0 {
+        return Ok(());
+    }
+    match products {
+        Products::F32 => cross_f32(c, a, b),
+        Products::Bf16(isa) => {
+            let (wide, narrow) = (a.narrowed(), b.narrowed());
+            let wide = Source::dense(&wide, a.rows, a.cols);
+            cross_bf16(isa, c, wide, Source::dense(&narrow, b.rows, b.cols));
+        }
+    }
+    Ok(())
+}
+
+fn cross_f32(c: &mut [f32], a: &CpuMatrix, b: &CpuMatrix) {
+    let (tokens, rows, cols) = (a.rows, a.cols, b.cols);
+    let (a, b) = (a.widened(), b.widened());
+    c.par_chunks_mut(strip_len(F32_STRIP, cols)).enumerate().for_each(|(strip, c)| {
+        let first = strip * F32_STRIP;
+        let count = c.len() / cols;
+        let a = &a[first.min(a.len())..];
+        let a = View { data: a, rows: tokens, cols: count, stride: rows };
+        let c = ViewMut { data: c, rows: count, cols, stride: cols };
+        linalg::add_matmul_tn(c, a, View::dense(&b, tokens, cols));
+    });
+}
+
+fn cross_bf16(isa: Isa, c: &mut [f32], a: Source<'_>, b: Source<'_>) {
+    let cols = b.cols;
+    for first in (0..a.rows).step_by(PACKED_TOKENS) {
+        let tokens = first..a.rows.min(first + PACKED_TOKENS);
+        let lines = pack::lines(tokens.len());
+        let mut columns = Scratch::<Line>::take(cols.div_ceil(BLOCK) * lines);
+        columns.par_chunks_mut(lines).enumerate().for_each(|(panel, columns)| {
+            pack::columns(b.part(tokens.clone(), panel * BLOCK..(panel + 1) * BLOCK), columns);
+        });
+        let strips = c.par_chunks_mut(BLOCK * cols).enumerate().with_max_len(1);
+        strips.for_each_init(
+            || (Scratch::<Line>::take(lines), Vec::new()),
+            |(own, transposed), (strip, c)| {
+                pack::columns(a.part(tokens.clone(), strip * BLOCK..(strip + 1) * BLOCK), own);
+                add_strip(isa, own, &columns, transposed, c, cols);
+            },
+        );
+    }
+}
+
+/// Multiplies each row with its factor.
+pub(super) fn scale_rows(x: &mut CpuMatrix, factors: &[f32]) -> Result<()> {
+    const OPERATION: &str = "scale_rows";
+    if factors.len() != x.rows {
+        return Err(shape_error(
+            OPERATION,
+            format!("{} factors for {} rows", factors.len(), x.rows),
+        ));
+    }
+    let cols = x.cols.max(1);
+    match &mut x.data {
+        HostData::F32(values) => {
+            values.par_chunks_exact_mut(cols).zip(factors).for_each(|(row, factor)| {
+                row.iter_mut().for_each(|value| *value *= factor);
+            });
+        }
+        HostData::Bf16(values) => {
+            values.par_chunks_exact_mut(cols).zip(factors).for_each(|(row, factor)| {
+                row.iter_mut().for_each(|value| *value = bf16::from_f32(value.to_f32() * factor));
+            });
+        }
+    }
+    Ok(())
 }
 
 /// `sums[j] += Σ_t x[t, j]²`.

@@ -192,6 +192,14 @@ impl StatOps for Cpu {
         gram::gram_accumulate(self.products, h, x)
     }
 
+    fn cross_accumulate(&self, c: &mut CpuMatrix, a: &CpuMatrix, b: &CpuMatrix) -> Result<()> {
+        gram::cross_accumulate(self.products, c, a, b)
+    }
+
+    fn scale_rows(&self, x: &mut CpuMatrix, factors: &[f32]) -> Result<()> {
+        gram::scale_rows(x, factors)
+    }
+
     fn column_sq_norm(&self, sums: &mut CpuMatrix, x: &CpuMatrix) -> Result<()> {
         gram::column_sq_norm(sums, x)
     }

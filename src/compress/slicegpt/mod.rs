@@ -17,8 +17,10 @@
 //! with them the directions at the cut (the paper's Table 4).
 
 mod basis;
+mod correct;
 
 pub use basis::{Covariance, Rotation};
+pub use correct::Fit;
 
 use crate::backend::{BackendError, Dense, DenseOps};
 
@@ -52,6 +54,28 @@ impl Basis {
             Self::Block => "block",
         }
     }
+}
+
+/// What is done about the error of a slice.
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    Default,
+    PartialEq,
+    Eq,
+    serde::Serialize,
+    serde::Deserialize,
+    schemars::JsonSchema,
+    clap::ValueEnum,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum Correction {
+    /// Weights are fitted, point by point, to what the dense model does on the calibration text.
+    #[default]
+    LeastSquares,
+    /// Nothing.
+    None,
 }
 
 /// `w diag(gain) q · √(d / d')`: a weight that reads the stream through a norm.

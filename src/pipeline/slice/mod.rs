@@ -4,6 +4,7 @@
 
 mod account;
 mod blocks;
+mod correct;
 mod plan;
 mod shared;
 mod stream;

@@ -12,7 +12,11 @@ use super::{
     stream::Stream,
     weights::{Bases, SlicedWriter},
 };
-use crate::{backend::Backend, compress::slicegpt::Covariance, model::CapturePoint};
+use crate::{
+    backend::{Backend, Dense},
+    compress::{Correction, slicegpt::Covariance},
+    model::CapturePoint,
+};
 
 impl SliceJob<'_> {
     /// Finds the basis and writes the model. Returns the share of the variance that the basis keeps.
@@ -25,13 +29,28 @@ impl SliceJob<'_> {
         let covariance = self.covariance(b, times)?;
         let rotation = self.rotation(b, &covariance, times)?;
         let mut writer = SlicedWriter::create(b, self, directory)?;
-        writer.write_before_blocks(&rotation.q, times)?;
-        for block in 0..self.source.config().num_hidden_layers {
-            writer.write_block(block, Bases::shared(&rotation.q), times)?;
+        match self.slicing.recipe.correction {
+            Correction::LeastSquares => {
+                let damp = self.slicing.recipe.damp;
+                self.write_corrected(b, &rotation.q, damp, &mut writer, times)?;
+            }
+            Correction::None => self.write_plain(&rotation.q, &mut writer, times)?,
         }
-        writer.write_after_blocks(Some(&rotation.q), times)?;
         writer.finish(times)?;
         Ok(vec![rotation.kept()])
+    }
+
+    fn write_plain<B: Backend>(
+        &self,
+        q: &Dense,
+        writer: &mut SlicedWriter<'_, B>,
+        times: &mut PhaseTimes,
+    ) -> Result<()> {
+        writer.write_before_blocks(q, times)?;
+        for block in 0..self.source.config().num_hidden_layers {
+            writer.write_block(block, Bases::shared(q), times)?;
+        }
+        writer.write_after_blocks(Some(q), times)
     }
 
     /// The second moment of the stream, each token divided by its root mean square, where a norm reads

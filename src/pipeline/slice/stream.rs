@@ -45,6 +45,17 @@ impl Counted {
         };
         Ok(b.onload(HostMatrix { rows: rows.len(), cols, data })?)
     }
+
+    /// The rows of both that count.
+    pub(super) fn both<B: Backend>(
+        &self,
+        b: &B,
+        batch: usize,
+        y: B::Matrix,
+        x: B::Matrix,
+    ) -> Result<(B::Matrix, B::Matrix)> {
+        Ok((self.rows(b, batch, y)?, self.rows(b, batch, x)?))
+    }
 }
 
 fn picked<T: Copy>(values: &[T], rows: &[usize], cols: usize) -> Vec<T> {
@@ -55,9 +66,9 @@ fn picked<T: Copy>(values: &[T], rows: &[usize], cols: usize) -> Vec<T> {
 pub(super) struct Stream<'a, B: Backend> {
     b: &'a B,
     job: &'a SliceJob<'a>,
-    geometry: BlockGeometry,
-    hidden: HiddenStates,
-    counted: Counted,
+    pub(super) geometry: BlockGeometry,
+    pub(super) hidden: HiddenStates,
+    pub(super) counted: Counted,
     /// Where the stream stands, for errors.
     block: usize,
 }
@@ -75,6 +86,17 @@ impl<'a, B: Backend> Stream<'a, B> {
         times.time(Phase::Load, || entry::embed_windows(b, source, set, &mut hidden))?;
         let geometry = BlockGeometry::new(source.arch(), config, entry::window_of(set));
         Ok(Self { b, job, geometry, hidden, counted: Counted::new(set, config), block: 0 })
+    }
+
+    /// Room for another stream of `width` columns beside this one.
+    ///
+    /// # Errors
+    /// A file that cannot be made.
+    pub(super) fn room_beside(&self, width: usize) -> Result<HiddenStates> {
+        let job = self.job;
+        let config = ModelConfig { hidden_size: width, ..job.source.config().clone() };
+        let limit = job.options.memory_bytes;
+        entry::store(job.set, &config, &job.slicing.budget, limit, &job.out.join(WORK_DIR))
     }
 
     /// Adds the rows that count, each divided by its root mean square, to `sum`.

@@ -105,11 +105,37 @@ impl<'a, B: Backend> SlicedWriter<'a, B> {
         bases: Bases<'_>,
         times: &mut PhaseTimes,
     ) -> Result<()> {
+        self.write_beside_linears(block, bases, times)?;
+        let start = Instant::now();
+        for (name, _, kind) in &self.job.slicing.model.tensors {
+            match *kind {
+                TensorKind::Linear { block: of, role } if of == block => {
+                    let weight = self.weight(block, role, bases)?;
+                    self.put(name, &weight)?;
+                }
+                _ => {}
+            }
+        }
+        self.job.source.release(block);
+        times.charge(Phase::Slice, start.elapsed().as_secs_f64(), 0.0);
+        Ok(())
+    }
+
+    /// Writes the tensors of a block but the weights of its linears.
+    ///
+    /// # Errors
+    /// As [`write_before_blocks`](Self::write_before_blocks).
+    pub(super) fn write_beside_linears(
+        &mut self,
+        block: usize,
+        bases: Bases<'_>,
+        times: &mut PhaseTimes,
+    ) -> Result<()> {
         let start = Instant::now();
         let tensors = self.job.slicing.model.tensors.iter();
         for (name, shape, kind) in tensors.filter(|(_, _, kind)| kind.block() == Some(block)) {
             let values = match *kind {
-                TensorKind::Linear { role, .. } => self.weight(block, role, bases)?,
+                TensorKind::Linear { .. } => continue,
                 TensorKind::LinearBias { role, .. } => self.bias(block, role, bases)?,
                 TensorKind::Shortcut { past, .. } => {
                     let from = if past == CapturePoint::AttnOut { bases.attn } else { bases.mlp };
@@ -120,7 +146,6 @@ impl<'a, B: Backend> SlicedWriter<'a, B> {
             };
             self.put(name, &values)?;
         }
-        self.job.source.release(block);
         times.charge(Phase::Slice, start.elapsed().as_secs_f64(), 0.0);
         Ok(())
     }
@@ -197,8 +222,19 @@ impl<'a, B: Backend> SlicedWriter<'a, B> {
         }
     }
 
+    /// The gain of the norm that the linears of `point` read through.
+    ///
+    /// # Errors
+    /// A tensor that cannot be read or is not finite.
+    pub(super) fn gain_before(&self, point: CapturePoint, block: usize) -> Result<Vec<f64>> {
+        self.vector(&self.norm_before(point, block).weight)
+    }
+
     /// A linear's bias: its own, with that of the norm before it, turned where it is in the stream.
-    fn bias(&self, block: usize, role: Role, bases: Bases<'_>) -> Result<Dense> {
+    ///
+    /// # Errors
+    /// A tensor that cannot be read or is not finite; device failure.
+    pub(super) fn bias(&self, block: usize, role: Role, bases: Bases<'_>) -> Result<Dense> {
         let source = self.job.source;
         let (Some(spec), Some(names)) = (source.arch().linear(role), source.linear(block, role))
         else {
@@ -276,8 +312,14 @@ impl<'a, B: Backend> SlicedWriter<'a, B> {
         Ok(())
     }
 
-    fn put(&mut self, name: &str, values: &Dense) -> Result<()> {
-        let bytes = round_to_stored(name, self.job.slicing.dtype, &mut values.to_f32())?;
-        self.packer.write(name, 0, bytes)
+    /// Writes a tensor. Returns its values as they are stored.
+    ///
+    /// # Errors
+    /// A value too large for its type; I/O.
+    pub(super) fn put(&mut self, name: &str, values: &Dense) -> Result<Vec<f32>> {
+        let mut values = values.to_f32();
+        let bytes = round_to_stored(name, self.job.slicing.dtype, &mut values)?;
+        self.packer.write(name, 0, bytes)?;
+        Ok(values)
     }
 }

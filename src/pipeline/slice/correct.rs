@@ -1,0 +1,341 @@
+//! Writes a model that is sliced in one basis with its weights fitted by least squares, point by
+//! point: the dense model, the teacher, runs beside the sliced one, the student, whose weights are
+//! final up to the point where it stands.
+
+use std::{sync::Arc, time::Instant};
+
+use super::super::{
+    budget::{forward_flops, gram_flops},
+    error::Result,
+    loader::{LoadedBlock, LoadedLinear},
+    progress::{Phase, PhaseTimes},
+};
+use super::{
+    SliceJob,
+    stream::Stream,
+    weights::{Bases, SlicedWriter},
+};
+use crate::{
+    backend::{Backend, Dense, HostData, HostMatrix, SequenceLens},
+    calibration::{HiddenStates, HostActivations},
+    compress::slicegpt::{self, Fit},
+    model::{Activations, Block, CapturePoint, Norm},
+};
+
+/// The student beside the teacher.
+struct Pair<'a, B: Backend> {
+    b: &'a B,
+    job: &'a SliceJob<'a>,
+    /// Kept directions, `[d, d']`.
+    q: &'a Dense,
+    /// Turns the teacher's stream into the student's basis.
+    project: Arc<B::Weight>,
+    teacher: Stream<'a, B>,
+    /// The student's stream `[tokens, d']`, and its input where that waits to be written.
+    student: HiddenStates,
+    /// Gains of the norms: all ones.
+    ones: [B::Matrix; 2],
+}
+
+/// One batch of both, where their streams are read or written.
+struct Met<B: Backend> {
+    /// Of the teacher, `[tokens, outputs]`.
+    y: B::Matrix,
+    /// Of the student, `[tokens, inputs]`.
+    x: B::Matrix,
+    teacher: HostMatrix,
+    student: HostActivations,
+}
+
+impl SliceJob<'_> {
+    /// Writes the model in the basis `q` with fitted weights.
+    pub(super) fn write_corrected<B: Backend>(
+        &self,
+        b: &B,
+        q: &Dense,
+        damp: f64,
+        writer: &mut SlicedWriter<'_, B>,
+        times: &mut PhaseTimes,
+    ) -> Result<()> {
+        let mut pair = Pair::enter(b, self, q, times)?;
+        writer.write_before_blocks(q, times)?;
+        for index in 0..self.source.config().num_hidden_layers {
+            self.source.prefetch(index + 1);
+            let mut dense = times.time(Phase::Load, || LoadedBlock::load(b, self.source, index))?;
+            times.time(Phase::Load, || dense.install_all(b))?;
+            let mut sliced = pair.block(&dense, index, writer)?;
+            for [reads, writes] in [
+                [CapturePoint::AttnIn, CapturePoint::AttnOut],
+                [CapturePoint::MlpIn, CapturePoint::MlpHidden],
+            ] {
+                let fit = pair.read(times)?;
+                let start = Instant::now();
+                let t = fit.solve(b, q, damp)?;
+                let gain = writer.gain_before(reads, index)?;
+                for (linear, from) in sliced.at(reads).zip(dense.at(reads)) {
+                    let weight = Dense::new(from.rows, from.cols, &from.weight)?;
+                    let weight = slicegpt::reader(b, weight, &gain, &t)?;
+                    linear.weight = writer.put(&linear.tensor, &weight)?;
+                }
+                sliced.install(b, reads)?;
+                times.charge(Phase::Slice, start.elapsed().as_secs_f64(), 0.0);
+
+                let fit = pair.write(&dense, &sliced.block, [reads, writes], times)?;
+                let start = Instant::now();
+                for (linear, from) in sliced.at(writes).zip(dense.at(writes)) {
+                    let weight = Dense::new(from.rows, from.cols, &from.weight)?;
+                    let plain = slicegpt::writer(b, &weight, q)?;
+                    linear.weight = writer.put(&linear.tensor, &fit.solve(b, &plain, damp)?)?;
+                }
+                sliced.install(b, writes)?;
+                times.charge(Phase::Slice, start.elapsed().as_secs_f64(), 0.0);
+                pair.apply(&sliced.block, writes, times)?;
+            }
+            writer.write_beside_linears(index, Bases::shared(q), times)?;
+            self.source.release(index);
+        }
+        let fit = pair.read(times)?;
+        let t = fit.solve(b, q, damp)?;
+        writer.write_after_blocks(Some(&t), times)
+    }
+}
+
+impl<'a, B: Backend> Pair<'a, B> {
+    /// Both at the embeddings.
+    fn enter(
+        b: &'a B,
+        job: &'a SliceJob<'a>,
+        q: &'a Dense,
+        times: &mut PhaseTimes,
+    ) -> Result<Self> {
+        let mut teacher = Stream::enter(b, job, times)?;
+        let turned = q.transposed();
+        let project = b.prepare(&[&b.upload(&turned.to_f32(), turned.rows, turned.cols)?])?;
+        let mut student = teacher.room_beside(job.slicing.width)?;
+        let start = Instant::now();
+        for batch in 0..teacher.hidden.batches() {
+            let kept = teacher.hidden.take(batch)?;
+            let residual = b.linear(&b.onload(kept.residual.clone())?, &project, None)?;
+            teacher.hidden.put(batch, kept)?;
+            let residual = b.offload(residual)?;
+            student.put(batch, HostActivations { residual, input: None })?;
+        }
+        times.charge(Phase::Forward, start.elapsed().as_secs_f64(), 0.0);
+        let ones = |width: usize| b.upload(&vec![1.0; width], 1, width);
+        let ones = [ones(job.slicing.hidden_size)?, ones(job.slicing.width)?];
+        Ok(Self { b, job, q, project: Arc::new(project), teacher, student, ones })
+    }
+
+    /// The student's block, its linears still to come.
+    fn block(
+        &self,
+        dense: &LoadedBlock<B>,
+        index: usize,
+        writer: &SlicedWriter<'_, B>,
+    ) -> Result<LoadedBlock<B>> {
+        let config = &self.job.slicing.model.config;
+        let norm = || -> Result<Norm<B>> {
+            let gain = self.b.duplicate(&self.ones[1])?;
+            Ok(Norm::Rms { gain, eps: config.norm_eps })
+        };
+        let linear = |from: &LoadedLinear| -> Result<LoadedLinear> {
+            let [rows, cols] = config.linear_shape(from.role);
+            let bias = match &from.bias {
+                Some(_) => Some(writer.bias(index, from.role, Bases::shared(self.q))?.to_f32()),
+                None => None,
+            };
+            let (tensor, capture) = (from.tensor.clone(), from.capture);
+            let (weight, rounding) = (Vec::new(), None);
+            Ok(LoadedLinear {
+                role: from.role,
+                capture,
+                tensor,
+                weight,
+                rounding,
+                bias,
+                rows,
+                cols,
+            })
+        };
+        let block = Block {
+            attn_norm: norm()?,
+            mlp_norm: norm()?,
+            linears: [None, None, None, None],
+            shortcuts: [None, None, None, None],
+        };
+        Ok(LoadedBlock { block, linears: dense.linears.iter().map(linear).collect::<Result<_>>()? })
+    }
+
+    /// What both read where they stand, each token divided by its root mean square: of the student
+    /// the root of the mean over as many columns as the teacher has.
+    fn read(&mut self, times: &mut PhaseTimes) -> Result<Fit> {
+        let (b, eps) = (self.b, self.job.source.config().norm_eps);
+        let sliced_eps = self.job.slicing.model.config.norm_eps;
+        let narrowing = self.job.slicing.width as f32 / self.job.slicing.hidden_size as f32;
+        let ones = [self.b.duplicate(&self.ones[0])?, self.b.duplicate(&self.ones[1])?];
+        let [wide, narrow] = [&ones[0], &ones[1]];
+        let (width, hidden) = (self.job.slicing.width, self.job.slicing.hidden_size);
+        let meet = |teacher: HostMatrix, student: HostActivations, _: &SequenceLens| {
+            let y = b.rms_norm(&b.onload(teacher.clone())?, wide, eps)?;
+            let mut x = b.rms_norm(&b.onload(student.residual.clone())?, narrow, sliced_eps)?;
+            // Readers are multiplied with the inverse.
+            let rows = b.shape(&x).0;
+            b.scale_rows(&mut x, &vec![narrowing.sqrt().recip(); rows])?;
+            Ok(Met { y, x, teacher, student })
+        };
+        self.pass(hidden, width, times, 0.0, meet)
+    }
+
+    /// What the student reads before `writes`, and what its stream lacks there. Each token counts as
+    /// much as any other, however large its stream is.
+    fn write(
+        &mut self,
+        dense: &LoadedBlock<B>,
+        sliced: &Block<B>,
+        [reads, writes]: [CapturePoint; 2],
+        times: &mut PhaseTimes,
+    ) -> Result<Fit> {
+        let (b, job) = (self.b, self.job);
+        let (arch, config) = (job.source.arch(), job.source.config());
+        let inputs = config.capture_width(writes);
+        let geometry = self.teacher.geometry.clone();
+        let lacking = self.bias_of(dense, writes)?;
+        let project = Arc::clone(&self.project);
+        let meet = |teacher: HostMatrix, student: HostActivations, lens: &SequenceLens| {
+            let residual = b.onload(teacher)?;
+            let input = dense.block.input_from_residual(b, reads, &residual)?;
+            let mut at = Activations { residual, input };
+            for point in [reads, writes] {
+                at = dense.block.step(b, &geometry, point, at, lens)?;
+            }
+            let teacher = b.offload(at.residual)?;
+
+            let residual = b.onload(student.residual)?;
+            let input = sliced.input_from_residual(b, reads, &residual)?;
+            let at = sliced.step(b, &geometry, reads, Activations { residual, input }, lens)?;
+            let residual = b.offload(at.residual)?;
+
+            let factors = inverse_rms(&teacher);
+            let mut y = b.onload(negated(&residual))?;
+            b.linear_add(&mut y, &b.onload(teacher.clone())?, &project, lacking.as_ref())?;
+            b.scale_rows(&mut y, &factors)?;
+            let input = match at.input {
+                Some(input) => b.offload(input)?,
+                None => HostMatrix { rows: 0, cols: 0, data: HostData::F32(Vec::new()) },
+            };
+            let mut x = b.onload(input.clone())?;
+            b.scale_rows(&mut x, &factors)?;
+            Ok(Met { y, x, teacher, student: HostActivations { residual, input: Some(input) } })
+        };
+        let flops = |lens: &SequenceLens| {
+            let end = writes as usize + 1;
+            forward_flops(arch, config, reads, end, lens)
+                + forward_flops(arch, &job.slicing.model.config, reads, writes as usize, lens)
+        };
+        let flops: f64 =
+            (0..self.student.batches()).map(|batch| flops(self.student.lens(batch))).sum();
+        self.pass(job.slicing.width, inputs, times, flops, meet)
+    }
+
+    /// The bias that the student's stream gets anyway, negative and turned.
+    fn bias_of(&self, dense: &LoadedBlock<B>, point: CapturePoint) -> Result<Option<B::Matrix>> {
+        let mut biases = dense.linears.iter().filter(|linear| linear.capture == point);
+        let Some(bias) = biases.find_map(|linear| linear.bias.as_ref()) else { return Ok(None) };
+        let bias = Dense::new(1, bias.len(), bias)?;
+        let turned = self.b.dense_product(&bias, self.q)?.scaled(-1.0);
+        Ok(Some(self.b.upload(&turned.to_f32(), 1, turned.cols)?))
+    }
+
+    /// Shows every batch of both to `meet` and sums what comes of it.
+    fn pass(
+        &mut self,
+        outputs: usize,
+        inputs: usize,
+        times: &mut PhaseTimes,
+        flops: f64,
+        meet: impl Fn(HostMatrix, HostActivations, &SequenceLens) -> Result<Met<B>> + Send + Sync,
+    ) -> Result<Fit> {
+        let b = self.b;
+        let mut cross = b.zeros(outputs, inputs)?;
+        let mut gram = b.zeros(inputs, inputs)?;
+        let batches: Vec<usize> = (0..self.student.batches()).collect();
+        for group in batches.chunks(b.lanes()) {
+            let taken = group
+                .iter()
+                .map(|&batch| {
+                    let lens = self.student.lens(batch).clone();
+                    let teacher = self.teacher.hidden.take(batch)?.residual;
+                    Ok((lens, teacher, self.student.take(batch)?))
+                })
+                .collect::<Result<Vec<_>>>()?;
+            let start = Instant::now();
+            let met = b.at_once(taken, |(lens, teacher, student)| meet(teacher, student, &lens));
+            let share = flops * group.len() as f64 / batches.len() as f64;
+            times.charge(Phase::Forward, start.elapsed().as_secs_f64(), share);
+            for (&batch, met) in group.iter().zip(met) {
+                let Met { y, x, teacher, student } = met?;
+                let start = Instant::now();
+                let tokens = b.shape(&x).0 as f64;
+                let (y, x) = self.teacher.counted.both(b, batch, y, x)?;
+                b.cross_accumulate(&mut cross, &y, &x)?;
+                b.gram_accumulate(&mut gram, &x)?;
+                let flops = gram_flops(tokens, inputs as f64)
+                    + 2.0 * tokens * outputs as f64 * inputs as f64;
+                times.charge(Phase::Statistics, start.elapsed().as_secs_f64(), flops);
+                let kept = HostActivations { residual: teacher, input: None };
+                self.teacher.hidden.put(batch, kept)?;
+                self.student.put(batch, student)?;
+                self.job.progress.advance(1);
+            }
+        }
+        let host = |matrix: &B::Matrix| -> Result<Dense> {
+            let (rows, cols) = b.shape(matrix);
+            Ok(Dense::new(rows, cols, &b.download(matrix)?)?)
+        };
+        Ok(Fit { cross: host(&cross)?, gram: host(&gram)? })
+    }
+
+    /// Lets the student write what waits at `point`.
+    fn apply(
+        &mut self,
+        block: &Block<B>,
+        point: CapturePoint,
+        times: &mut PhaseTimes,
+    ) -> Result<()> {
+        let (b, geometry) = (self.b, &self.teacher.geometry);
+        let config = &self.job.slicing.model.config;
+        for batch in 0..self.student.batches() {
+            let start = Instant::now();
+            let HostActivations { residual, input } = self.student.take(batch)?;
+            let input = input.map(|input| b.onload(input)).transpose()?;
+            let at = Activations { residual: b.onload(residual)?, input };
+            let lens = self.student.lens(batch);
+            let at = block.step(b, geometry, point, at, lens)?;
+            let arch = self.job.source.arch();
+            let flops = forward_flops(arch, config, point, point as usize + 1, lens);
+            let residual = b.offload(at.residual)?;
+            self.student.put(batch, HostActivations { residual, input: None })?;
+            times.charge(Phase::Forward, start.elapsed().as_secs_f64(), flops);
+        }
+        Ok(())
+    }
+}
+
+/// `1 / √mean(x²)` of each row; nothing for a row of zeros.
+fn inverse_rms(x: &HostMatrix) -> Vec<f32> {
+    let HostData::F32(values) = &x.data else { return vec![1.0; x.rows] };
+    let inverse = |row: &[f32]| {
+        let square = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>();
+        if square > 0.0 { (square / row.len() as f64).sqrt().recip() as f32 } else { 0.0 }
+    };
+    values.chunks_exact(x.cols.max(1)).map(inverse).collect()
+}
+
+fn negated(x: &HostMatrix) -> HostMatrix {
+    let mut out = x.clone();
+    match &mut out.data {
+        HostData::F32(values) => values.iter_mut().for_each(|x| *x = -*x),
+        HostData::Bf16(values) => values.iter_mut().for_each(|x| *x = -*x),
+    }
+    out
+}
