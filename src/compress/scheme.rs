@@ -21,18 +21,6 @@ pub enum Scheme {
     Block(GgmlType),
 }
 
-/// Block types that can be solved for, as they are written on the command line.
-const BLOCKS: [(&str, GgmlType); 8] = [
-    ("q8_0", GgmlType::Q8_0),
-    ("q6_k", GgmlType::Q6_K),
-    ("q5_0", GgmlType::Q5_0),
-    ("q5_k", GgmlType::Q5_K),
-    ("q4_0", GgmlType::Q4_0),
-    ("q4_k", GgmlType::Q4_K),
-    ("q3_k", GgmlType::Q3_K),
-    ("q2_k", GgmlType::Q2_K),
-];
-
 /// Group of integers narrower than this by default; 8 bits need none.
 const DEFAULT_GROUP: u32 = 128;
 
@@ -103,8 +91,8 @@ impl FromStr for Scheme {
             let bits = bits.parse().map_err(|_| fail())?;
             return if (2..=8).contains(&bits) { Ok(Self::Int(bits)) } else { Err(fail()) };
         }
-        let block = BLOCKS.iter().find(|(name, _)| *name == lower);
-        block.map(|(_, ty)| Self::Block(*ty)).ok_or_else(fail)
+        let mut blocks = BlockGrid::TYPES.into_iter().map(Self::Block);
+        blocks.find(|block| block.to_string() == lower).ok_or_else(fail)
     }
 }
 

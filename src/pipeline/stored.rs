@@ -98,7 +98,10 @@ pub(super) fn zeros_left(output: &OutputTensor, stored: &[f32]) -> Option<u64> {
 mod tests {
     use rand::{Rng, SeedableRng};
     use rand_chacha::ChaCha8Rng;
-    use sparsepack_formats::{DType, GgmlType, encoding::Kept};
+    use sparsepack_formats::{
+        DType, GgmlType,
+        encoding::{Kept, ggml::BlockGrid},
+    };
 
     use super::*;
     use crate::{
@@ -143,18 +146,7 @@ mod tests {
             }
         }
         let plain = options(None, true, ScaleSearch::Mse);
-        for ty in [
-            GgmlType::Q8_0,
-            GgmlType::Q5_0,
-            GgmlType::Q4_0,
-            GgmlType::Q6_K,
-            GgmlType::Q5_K,
-            GgmlType::Q4_K,
-            GgmlType::Q3_K,
-            GgmlType::Q2_K,
-        ] {
-            all.push((Scheme::Block(ty), plain, DType::Bf16));
-        }
+        all.extend(BlockGrid::TYPES.map(|ty| (Scheme::Block(ty), plain, DType::Bf16)));
         all.push((Scheme::F8E4m3, plain, DType::Bf16));
         all
     }

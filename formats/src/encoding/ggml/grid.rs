@@ -40,6 +40,18 @@ pub struct BlockGrid {
 }
 
 impl BlockGrid {
+    /// The types that have one, largest first.
+    pub const TYPES: [GgmlType; 8] = [
+        GgmlType::Q8_0,
+        GgmlType::Q6_K,
+        GgmlType::Q5_0,
+        GgmlType::Q5_K,
+        GgmlType::Q4_0,
+        GgmlType::Q4_K,
+        GgmlType::Q3_K,
+        GgmlType::Q2_K,
+    ];
+
     /// The grid of a block type; `None` for plain elements and for types whose values are not of this
     /// form or are not written (`Q4_1`, `Q5_1`, `MXFP4`).
     pub fn of(ty: GgmlType) -> Option<Self> {
@@ -171,17 +183,6 @@ mod tests {
     use super::*;
     use crate::Encoding;
 
-    const TYPES: [GgmlType; 8] = [
-        GgmlType::Q8_0,
-        GgmlType::Q5_0,
-        GgmlType::Q4_0,
-        GgmlType::Q6_K,
-        GgmlType::Q5_K,
-        GgmlType::Q4_K,
-        GgmlType::Q3_K,
-        GgmlType::Q2_K,
-    ];
-
     /// A number of the range.
     fn within(low: i8, high: i8, seed: u8) -> i8 {
         let span = i16::from(high) - i16::from(low) + 1;
@@ -191,12 +192,11 @@ mod tests {
     proptest! {
         #[test]
         fn blocks_decode_to_scale_times_code_minus_min(
-            which in 0..TYPES.len(),
+            ty in prop::sample::select(&BlockGrid::TYPES[..]),
             codes in prop::collection::vec(any::<u8>(), 256),
             integers in any::<[[u8; MAX_GROUPS]; 2]>(),
             (d, dmin) in (-8.0f32..8.0, 0.0f32..8.0),
         ) {
-            let ty = TYPES[which];
             let grid = BlockGrid::of(ty).unwrap();
             let codes = codes[..grid.block_len].iter();
             let codes: Vec<i8> = codes.map(|&code| within(grid.low, grid.high, code)).collect();
