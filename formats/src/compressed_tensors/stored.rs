@@ -39,7 +39,10 @@ impl<'a> Stored<'a> {
         shape: Vec<usize>,
     ) -> Result<Found> {
         let name = format!("{module}.weight");
-        let components = encoding.components(&name, &shape)?;
+        let components = encoding.components(&name, &shape).map_err(|error| match error {
+            FormatError::Encoding { what, .. } => self.invalid(first, what),
+            other => other,
+        })?;
         let mut parts = Vec::with_capacity(components.len());
         for component in &components {
             let found = self.component(module, component.suffix, first)?;
