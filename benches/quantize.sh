@@ -53,6 +53,8 @@ for sparsity in 50% 2:4 4:8; do
     row "$sparsity, damping as published" "${prune[@]}" --format packed --damping mean --damp 0.01
     row "$sparsity + int8" "${prune[@]}" --quantize int8 --format packed
     row "$sparsity + int4" "${prune[@]}" --quantize int4 "${g64[@]}"
+    row "$sparsity + int8, one sweep" "${prune[@]}" --quantize int8 --format packed --act-order=false
+    row "$sparsity + int4, one sweep" "${prune[@]}" --quantize int4 "${g64[@]}" --act-order=false
 done
 for type in q8_0 q6_k q4_0 q4_k; do
     gguf=(--format gguf --dtype q8_0)

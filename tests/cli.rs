@@ -565,6 +565,10 @@ plan_errors! {
     budget_in_a_plan: [
         "--target-bits", "4", "--calibration", "fixtures/text/calibration.txt", "--format", "packed"
     ];
+    budget_beside_quantize: ["--target-bits", "4", "--quantize", "int4", "--format", "packed"];
+    budget_of_some_layers: ["--target-bits", "4", "--targets", "down_proj", "--format", "packed"];
+    scales_without_quantize: ["--scales", "mse"];
+    quantize_group_of_nothing: ["--quantize", "int4", "--group-size", "0", "--format", "packed"];
     quantize_act_order_to_nearest: [
         "--quantize", "int4", "--quantizer", "rtn", "--act-order", "--format", "packed"
     ];
@@ -588,10 +592,6 @@ misfits! {
     quantize_straddle: [
         "--prune", "magnitude", "--sparsity", "4:8", "--quantize", "int4", "--group-size", "4",
         "--quantizer", "rtn", "--format", "packed"
-    ];
-    quantize_act_order_of_groups: [
-        "--prune", "sparsegpt", "--sparsity", "2:4", "--quantize", "int4", "--act-order",
-        "--calibration", "fixtures/text/calibration.txt", "--format", "packed"
     ];
 }
 

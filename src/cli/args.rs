@@ -153,7 +153,7 @@ struct QuantizeArgs {
     /// What layers may become within --target-bits, like "int4,2:4 int4,int8".
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     candidates: Vec<Candidate>,
-    /// Take columns in the order of descending Hessian diagonal [default: where nothing is pruned].
+    /// Round columns by descending Hessian diagonal once pruned; false: in one sweep [default: true].
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     act_order: Option<bool>,
 }
@@ -334,6 +334,13 @@ impl QuantizeArgs {
             recipe.budget.get_or_insert(budget).target_bits = target_bits;
         }
         if let Some(budget) = &mut recipe.budget {
+            budget_decides(&[
+                ("--quantize", self.quantize.is_some()),
+                ("--quantizer", self.quantizer.is_some()),
+                ("--asymmetric", self.asymmetric),
+                ("--scales", self.scales.is_some()),
+                ("--act-order", self.act_order.is_some()),
+            ])?;
             budget.group_size = self.group_size.or(budget.group_size);
             if !self.candidates.is_empty() {
                 budget.candidates.clone_from(&self.candidates);
@@ -371,6 +378,16 @@ impl QuantizeArgs {
     }
 }
 
+/// Refuses options that a size budget would leave without effect.
+fn budget_decides(flags: &[(&str, bool)]) -> Result<(), CliError> {
+    match flags.iter().find(|(_, given)| *given) {
+        Some((flag, _)) => Err(CliError::Usage(format!(
+            "{flag} says what a size budget (--target-bits) decides for every linear of the blocks"
+        ))),
+        None => Ok(()),
+    }
+}
+
 impl SolverArgs {
     fn apply(&self, recipe: &mut Recipe) -> Result<(), CliError> {
         let flags = [
@@ -390,6 +407,9 @@ impl SolverArgs {
                 )),
                 None => Ok(()),
             };
+        }
+        if recipe.budget.is_some() {
+            budget_decides(&flags[1..=2])?;
         }
         let solver = &mut recipe.solver;
         solver.sequential = self.sequential.unwrap_or(solver.sequential);

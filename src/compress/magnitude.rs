@@ -29,7 +29,7 @@ impl<B: Backend> LayerSolver<B> for Magnitude {
             .into_iter()
             .map(|mut layer| {
                 let (rows, cols) = b.shape(&layer.weight);
-                super::check_layer(&layer, cols, false)?;
+                super::check_layer(&layer, cols)?;
                 let mut zeroed = 0;
                 if let Some(sparsity) = layer.sparsity {
                     b.zero_lowest(&mut layer.weight, None, sparsity.per_tensor(rows, cols))?;

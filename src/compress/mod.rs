@@ -146,14 +146,6 @@ pub enum SolveError {
         /// Columns of a quantization group.
         group: usize,
     },
-    /// The sweep would visit the columns of a pattern's group far apart.
-    #[error("{layer}: act-order takes columns out of their groups, which {sparsity} needs whole")]
-    ActOrder {
-        /// Module name.
-        layer: String,
-        /// The pattern.
-        sparsity: Sparsity,
-    },
     /// The Hessian stayed indefinite at every damping tried.
     #[error(
         "{layer}: the Hessian is not positive definite at pivot {pivot} even with damping {damp} of its diagonal; more calibration text or a higher damping may help"
@@ -346,8 +338,8 @@ pub struct SolverOptions {
     pub damping: Damping,
     /// Columns between lazy updates (SparseGPT §4: 128).
     pub column_block: usize,
-    /// Columns are swept in the order of descending `diag H`, as GPTQ's reference can. Groups stay
-    /// where they are, and their scales are chosen before.
+    /// Columns are rounded in the order of descending `diag H`, as GPTQ's reference can, after pruning.
+    /// Groups stay where they are, and their scales are chosen before.
     pub act_order: bool,
 }
 
@@ -383,7 +375,6 @@ pub fn check_target(
     cols: usize,
     sparsity: Option<Sparsity>,
     grid: Option<Grid>,
-    act_order: bool,
 ) -> Result<(), SolveError> {
     let layer = || layer.to_owned();
     let group = match sparsity {
@@ -401,20 +392,11 @@ pub fn check_target(
     if !scales.is_multiple_of(group) {
         return Err(SolveError::Straddle { layer: layer(), m: group, group: scales });
     }
-    match sparsity {
-        Some(sparsity) if act_order && group > 1 => {
-            Err(SolveError::ActOrder { layer: layer(), sparsity })
-        }
-        _ => Ok(()),
-    }
+    Ok(())
 }
 
-fn check_layer<B: Backend>(
-    layer: &Layer<B>,
-    cols: usize,
-    act_order: bool,
-) -> Result<(), SolveError> {
-    check_target(&layer.name, cols, layer.sparsity, layer.grid, act_order)
+fn check_layer<B: Backend>(layer: &Layer<B>, cols: usize) -> Result<(), SolveError> {
+    check_target(&layer.name, cols, layer.sparsity, layer.grid)
 }
 
 /// The matrix of a statistic of the kind `needed`, checked to hold a token.

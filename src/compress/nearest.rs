@@ -41,7 +41,7 @@ impl<B: Backend> LayerSolver<B> for Nearest {
         let mut dense = Vec::new();
         for layer in &layers {
             let cols = b.shape(&layer.weight).1;
-            super::check_layer(layer, cols, false)?;
+            super::check_layer(layer, cols)?;
             // What the error is measured against, where that is possible.
             let known = statistic.kind() == StatKind::Hessian;
             dense.push(known.then(|| b.duplicate(&layer.weight)).transpose()?);

@@ -1,5 +1,5 @@
 //! SparseGPT (Frantar & Alistarh 2023, arXiv 2301.00774), Algorithm 1, and GPTQ (Frantar et al. 2022,
-//! arXiv 2210.17323): one sweep that prunes, rounds, or does both.
+//! arXiv 2210.17323): a sweep that prunes, rounds, or does both.
 //!
 //! | letter | meaning | shape | in the paper |
 //! |---|---|---|---|
@@ -16,9 +16,14 @@
 //! that is not pruned is rounded to the layer's grid, and its error moves on in the same way (SparseGPT
 //! §3.4), so later prunes see earlier rounding.
 //!
+//! With activation order the two are done one after the other, on the same Hessian: a sweep in column
+//! order prunes (masks compare columns of every kind, and n:m whole groups), and a second rounds what it
+//! left, its zeros fixed, in the order of descending `diag H`.
+//!
 //! The scales of a group are chosen when the sweep reaches it, from the weights as errors have left
 //! them and as pruning the group will leave them. Those of whole rows, and all of them with activation
-//! order, are chosen before the first column, after a sweep that only prunes, if anything is pruned.
+//! order, are chosen before the first column that is rounded, after a sweep that only prunes, if anything
+//! is pruned.
 //!
 //! Deviations from the reference implementations:
 //! * an unstructured column block loses exactly `⌊sparsity · rows · B⌋` weights, where the
@@ -66,10 +71,30 @@ struct Factor<M> {
     order: Option<Vec<usize>>,
 }
 
+/// The factors that layers with a common input need.
+struct Factors<M> {
+    /// Of the sweep that rounds; and prunes, if there is no other.
+    sweep: Factor<M>,
+    /// Of the sweep that prunes before, where the other has another order.
+    pruning: Option<Factor<M>>,
+}
+
+impl<M> Factors<M> {
+    /// The higher damping.
+    fn damp(&self) -> f64 {
+        self.pruning.as_ref().map_or(self.sweep.damp, |pruning| pruning.damp.max(self.sweep.damp))
+    }
+}
+
 impl Obs {
     /// A solver with these settings. With a `pruner`, its zeros stay and the sweep only rounds.
     pub fn new(options: SolverOptions, pruner: Option<Method>) -> Self {
         Self { options, pruner }
+    }
+
+    /// The same, but columns are taken as they stand.
+    fn by_column(&self) -> Self {
+        Self { options: SolverOptions { act_order: false, ..self.options }, ..*self }
     }
 
     /// Factorises the Hessian of the layers, and leaves it as it was.
@@ -116,8 +141,9 @@ impl Obs {
         if let Some(rounding) = &mut rounding
             && (factor.order.is_some() || rounding.grid().span(cols) == cols)
         {
+            // With an order, what becomes zero is zero already.
             let prunes = pruned.is_some() || layer.sparsity.is_some();
-            if prunes && rounding.grid().foresees_pruning() {
+            if prunes && factor.order.is_none() && rounding.grid().foresees_pruning() {
                 let mut settled = layer.to_prune(b)?;
                 self.sweep(b, &mut settled, pruned, factor)?;
                 b.choose_scales(&settled.weight, Some(&factor.cost), rounding)?;
@@ -155,6 +181,72 @@ impl Obs {
         }
         Ok(rounding)
     }
+
+    /// Prunes and rounds one layer, and measures what that costs. `pruned` is what the pruner made of
+    /// it.
+    fn solve_layer<B: Backend>(
+        &self,
+        b: &B,
+        mut layer: Layer<B>,
+        pruned: Option<Solved<B>>,
+        factors: &Factors<B::Matrix>,
+        h: &B::Matrix,
+        times: &mut SolveTimes,
+    ) -> Result<Solved<B>, SolveError> {
+        let (rows, cols) = b.shape(&layer.weight);
+        let dense = b.duplicate(&layer.weight)?;
+        let zeroed = match (&pruned, layer.sparsity) {
+            (Some(pruned), _) => pruned.report.zeroed,
+            (None, Some(sparsity)) => {
+                Method::SparseGpt.zeros(sparsity, rows, cols, self.options) as u64
+            }
+            (None, None) => 0,
+        };
+        let mut pruned = pruned.map(|solved| solved.weight);
+
+        let start = Instant::now();
+        if let Some(factor) = &factors.pruning {
+            let mut swept = layer.to_prune(b)?;
+            self.by_column().sweep(b, &mut swept, pruned.as_ref(), factor)?;
+            layer.weight = b.duplicate(&swept.weight)?;
+            pruned = Some(swept.weight);
+        }
+        let kept = pruned.as_ref().or(layer.keep_zeros.then_some(&dense));
+        let rounding = self.sweep(b, &mut layer, kept, &factors.sweep)?;
+        times.sweep_secs += start.elapsed().as_secs_f64();
+
+        let start = Instant::now();
+        let all = b.quadratic_form(&dense, None, h)?;
+        let relative = |weight: &B::Matrix| -> Result<f64, BackendError> {
+            let lost = b.quadratic_form(&dense, Some(weight), h)?;
+            Ok(if all > 0.0 { lost / all } else { 0.0 })
+        };
+        let nearest_error = match layer.grid {
+            Some(grid) => {
+                let mut nearest = b.duplicate(&dense)?;
+                b.copy_zeros(&mut nearest, &layer.weight)?;
+                let mut rounding = Rounding::new(grid, rows, cols);
+                b.choose_scales(&nearest, None, &mut rounding)?;
+                b.round(&mut nearest, &mut rounding)?;
+                Some(relative(&nearest)?)
+            }
+            None => None,
+        };
+        let relative_error = relative(&layer.weight)?;
+        times.error_secs += start.elapsed().as_secs_f64();
+        Ok(Solved {
+            report: LayerReport {
+                zeroed,
+                relative_error: Some(relative_error),
+                nearest_error,
+                damp: Some(factors.damp()),
+                dead_features: factors.sweep.dead.len(),
+                ..LayerReport::new(layer.name, rows * cols)
+            },
+            weight: layer.weight,
+            rounding,
+        })
+    }
 }
 
 impl<B: Backend> LayerSolver<B> for Obs {
@@ -174,75 +266,35 @@ impl<B: Backend> LayerSolver<B> for Obs {
             return Ok(Vec::new());
         };
         for layer in &layers {
-            super::check_layer(layer, b.shape(&layer.weight).1, self.options.act_order)?;
+            super::check_layer(layer, b.shape(&layer.weight).1)?;
         }
         let pruned = match self.pruner {
             Some(method) => {
                 let copies =
                     layers.iter().map(|layer| layer.to_prune(b)).collect::<Result<_, _>>()?;
-                let pruner = super::solver::<B>(Some(method), None, self.options);
+                let pruner = super::solver::<B>(Some(method), None, self.by_column().options);
                 Some(pruner.solve(b, copies, statistic, times)?)
             }
             None => None,
         };
+        let prunes = pruned.is_some() || layers.iter().any(|layer| layer.sparsity.is_some());
         let Some(h) = statistic.matrix_mut() else { return Ok(Vec::new()) };
 
         let start = Instant::now();
-        let factor = self.factor(b, h, &first)?;
+        let factors = Factors {
+            sweep: self.factor(b, h, &first)?,
+            pruning: (prunes && self.options.act_order)
+                .then(|| self.by_column().factor(b, h, &first))
+                .transpose()?,
+        };
         times.factor_secs += start.elapsed().as_secs_f64();
 
         let mut pruned = pruned.map(Vec::into_iter);
         layers
             .into_iter()
-            .map(|mut layer| {
-                let (rows, cols) = b.shape(&layer.weight);
-                let dense = b.duplicate(&layer.weight)?;
+            .map(|layer| {
                 let pruned = pruned.as_mut().and_then(Iterator::next);
-                let zeroed = match (&pruned, layer.sparsity) {
-                    (Some(pruned), _) => pruned.report.zeroed,
-                    (None, Some(sparsity)) => {
-                        Method::SparseGpt.zeros(sparsity, rows, cols, self.options) as u64
-                    }
-                    (None, None) => 0,
-                };
-                let pruned = pruned.map(|solved| solved.weight);
-                let kept = pruned.as_ref().or(layer.keep_zeros.then_some(&dense));
-
-                let start = Instant::now();
-                let rounding = self.sweep(b, &mut layer, kept, &factor)?;
-                times.sweep_secs += start.elapsed().as_secs_f64();
-
-                let start = Instant::now();
-                let all = b.quadratic_form(&dense, None, h)?;
-                let relative = |weight: &B::Matrix| -> Result<f64, BackendError> {
-                    let lost = b.quadratic_form(&dense, Some(weight), h)?;
-                    Ok(if all > 0.0 { lost / all } else { 0.0 })
-                };
-                let nearest_error = match layer.grid {
-                    Some(grid) => {
-                        let mut nearest = b.duplicate(&dense)?;
-                        b.copy_zeros(&mut nearest, &layer.weight)?;
-                        let mut rounding = Rounding::new(grid, rows, cols);
-                        b.choose_scales(&nearest, None, &mut rounding)?;
-                        b.round(&mut nearest, &mut rounding)?;
-                        Some(relative(&nearest)?)
-                    }
-                    None => None,
-                };
-                let relative_error = relative(&layer.weight)?;
-                times.error_secs += start.elapsed().as_secs_f64();
-                Ok(Solved {
-                    report: LayerReport {
-                        zeroed,
-                        relative_error: Some(relative_error),
-                        nearest_error,
-                        damp: Some(factor.damp),
-                        dead_features: factor.dead.len(),
-                        ..LayerReport::new(layer.name, rows * cols)
-                    },
-                    weight: layer.weight,
-                    rounding,
-                })
+                self.solve_layer(b, layer, pruned, &factors, h, times)
             })
             .collect()
     }

@@ -443,3 +443,41 @@ fn pruning_and_rounding_together_beat_one_after_the_other() {
         }
     }
 }
+
+/// What one run makes of a layer that is pruned and rounded by activation is what two make of it on
+/// the same Hessian, of which the second rounds what the first has kept.
+#[test]
+fn activation_order_rounds_what_pruning_left() {
+    let b = cpu();
+    let options = GridOptions {
+        group_size: Some(GroupSize::Columns(32)),
+        symmetric: true,
+        scales: ScaleSearch::Mse,
+    };
+    let grid = Scheme::Int(4).grid(options, sparsepack_formats::DType::Bf16);
+    for pruner in [None, Some(Method::Wanda)] {
+        for sparsity in ["50%", "2:4", "4:8"] {
+            for seed in 0..3 {
+                let case = Case::new(24, 128, 32, seed);
+                let solve =
+                    |weight: &[f32], sparsity: Option<&str>, grid, keep_zeros, act_order| {
+                        let layer = Layer {
+                            name: "layer".to_owned(),
+                            weight: b.upload(weight, case.rows, case.cols).unwrap(),
+                            sparsity: sparsity.map(|text| text.parse().unwrap()),
+                            grid,
+                            keep_zeros,
+                        };
+                        let mut statistic = case.statistic(&b, StatKind::Hessian);
+                        let options = SolverOptions { act_order, ..case.options };
+                        let solver = Obs::new(options, pruner.filter(|_| sparsity.is_some()));
+                        solve_one(&b, &solver, layer, &mut statistic).unwrap().0
+                    };
+                let both = solve(&case.weight, Some(sparsity), grid, false, true);
+                let pruned = solve(&case.weight, Some(sparsity), None, false, false);
+                let after = solve(&pruned, None, grid, true, true);
+                assert_eq!(both, after, "{pruner:?} {sparsity} {seed}");
+            }
+        }
+    }
+}

@@ -34,7 +34,7 @@ impl<B: Backend> LayerSolver<B> for Wanda {
             .into_iter()
             .map(|layer| {
                 let (rows, cols) = b.shape(&layer.weight);
-                super::check_layer(&layer, cols, false)?;
+                super::check_layer(&layer, cols)?;
                 let start = Instant::now();
                 let mut weight = b.duplicate(&layer.weight)?;
                 if let Some(sparsity) = layer.sparsity {

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::plan::BlockPlan;
+use super::plan::{BlockPlan, LayerPlan};
 use crate::{
     backend::SequenceLens,
     calibration::StatKind,
@@ -209,14 +209,19 @@ pub(super) fn conversion_flops(
             let points = CapturePoint::ALL.into_iter();
             let hessians: f64 = points
                 .filter(|&point| block.needs_at(point) == StatKind::Hessian)
-                .map(|point| config.capture_width(point) as f64)
-                .map(|features| gram_flops(tokens, features) + factor_flops(features))
+                .map(|point| {
+                    let features = config.capture_width(point) as f64;
+                    let factors = block.layers_at(point).map(LayerPlan::sweeps).max().unwrap_or(0);
+                    gram_flops(tokens, features) + f64::from(factors) * factor_flops(features)
+                })
                 .sum();
             let sweeps: f64 = block
                 .layers
                 .iter()
                 .filter(|layer| layer.needs() == StatKind::Hessian)
-                .map(|layer| sweep_flops(layer.rows as f64, layer.cols as f64))
+                .map(|layer| {
+                    f64::from(layer.sweeps()) * sweep_flops(layer.rows as f64, layer.cols as f64)
+                })
                 .sum();
             hessians + sweeps
         })

@@ -76,6 +76,13 @@ impl LayerPlan {
         let prune = self.prune.map_or(StatKind::None, |prune| prune.method.needs());
         prune.max(self.quantize.map_or(StatKind::None, |quantize| quantize.method.needs()))
     }
+
+    /// How often a Hessian is factorised and the layer swept, if at all: twice where it is pruned
+    /// before its columns are rounded in another order.
+    pub(super) fn sweeps(&self) -> u8 {
+        let act_order = self.quantize.is_some_and(|quantize| quantize.act_order);
+        if self.prune.is_some() && act_order { 2 } else { 1 }
+    }
 }
 
 /// A matrix outside the blocks (output matrix, embeddings) to prune. Its inputs are not captured,
@@ -431,12 +438,11 @@ fn plan_layers(
             };
             let sparsity = prune.map(|prune| prune.sparsity);
             let quantize = match quantize {
-                Some(quantize) => grids.of_layer(&module, cols, quantize, sparsity)?,
+                Some(quantize) => grids.of_layer(&module, cols, quantize)?,
                 None => None,
             };
             let grid = quantize.map(|quantize| quantize.grid);
-            let act_order = quantize.is_some_and(|quantize| quantize.act_order);
-            check_target(&module, cols, sparsity, grid, act_order)?;
+            check_target(&module, cols, sparsity, grid)?;
             layers.push(LayerPlan {
                 keep_zeros: prune.is_none() && grids.was_pruned(&module),
                 module,
@@ -486,7 +492,7 @@ fn plan_tables(source: &ModelSource, targets: &mut Targets<'_>) -> Result<Vec<Ta
                 prune.method.name()
             )));
         }
-        check_target(&module, cols, Some(prune.sparsity), None, false)?;
+        check_target(&module, cols, Some(prune.sparsity), None)?;
         tables.push(TablePlan { module, rows, cols, prune });
     }
     Ok(tables)

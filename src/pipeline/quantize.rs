@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     backend::Grid,
-    compress::{GridOptions, GroupSize, Quantizer, Scheme, Sparsity},
+    compress::{GridOptions, GroupSize, Quantizer, Scheme},
     model::{ModelSource, ModelTensor},
     recipe::{OutputFormat, QuantizeRecipe, Recipe, WeightDType},
 };
@@ -30,7 +30,7 @@ pub struct Quantization {
     /// To which values.
     #[serde(serialize_with = "as_text")]
     pub grid: Grid,
-    /// Columns are swept in the order of descending `diag H`.
+    /// Columns are rounded in the order of descending `diag H`, after pruning.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub act_order: bool,
 }
@@ -73,7 +73,6 @@ impl<'a> Grids<'a> {
         module: &str,
         cols: usize,
         wanted: WantedScheme,
-        sparsity: Option<Sparsity>,
     ) -> Result<Option<Quantization>> {
         let Some(quantize) = &self.recipe.quantize else { return Ok(None) };
         let WantedScheme { scheme, group_size } = wanted;
@@ -101,11 +100,7 @@ impl<'a> Grids<'a> {
         let tensor = self.source.tensor(&format!("{module}.weight"))?;
         let scale = element_type(self.source, self.recipe, tensor);
         let grid = scheme.grid(options, scale);
-        let act_order = match quantize.act_order {
-            // Column blocks of the pruning sweep are to hold columns of every kind.
-            None => quantize.method == Quantizer::Gptq && sparsity.is_none(),
-            Some(asked) => asked,
-        };
+        let act_order = quantize.act_order.unwrap_or(quantize.method == Quantizer::Gptq);
         Ok(grid.map(|grid| Quantization { method: quantize.method, grid, act_order }))
     }
 

@@ -318,7 +318,7 @@ impl<B: Backend> StageContext<'_, B> {
         let mut all = Vec::new();
         let mut rest: Vec<&LayerPlan> = plan.layers_at(point).collect();
         while let Some(first) = rest.first() {
-            let way = Way::of(first);
+            let (way, sweeps) = (Way::of(first), f64::from(first.sweeps()));
             let (planned, others) = rest.iter().partition(|layer| Way::of(layer) == way);
             rest = others;
             let planned: Vec<&LayerPlan> = planned;
@@ -349,9 +349,10 @@ impl<B: Backend> StageContext<'_, B> {
             times.charge(
                 Phase::Factor,
                 spent.factor_secs,
-                if hessian { factor_flops(features) } else { 0.0 },
+                if hessian { sweeps * factor_flops(features) } else { 0.0 },
             );
-            times.charge(Phase::Sweep, spent.sweep_secs, if hessian { sweep } else { 0.0 });
+            let swept = if hessian { sweeps * sweep } else { 0.0 };
+            times.charge(Phase::Sweep, spent.sweep_secs, swept);
             // Two quadratic forms of a triangle each, and a third of what rounding to nearest gives.
             let forms = if way.quantize.is_some() { 3.0 } else { 2.0 };
             times.charge(Phase::Error, spent.error_secs, if hessian { forms * sweep } else { 0.0 });

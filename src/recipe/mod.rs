@@ -142,7 +142,8 @@ pub struct QuantizeRecipe {
     /// How scales of integers (and of `q8_0`, `q5_0` and `q4_0`) are chosen; `mse` by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scales: Option<ScaleSearch>,
-    /// Sweep the columns in the order of descending `diag H`; by default where nothing is pruned.
+    /// Round the columns in the order of descending `diag H`, after pruning; `false`: as they stand,
+    /// in the sweep that prunes. By default `true` with `gptq`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub act_order: Option<bool>,
     /// Which layers; all linears of the decoder blocks by default.
