@@ -195,11 +195,11 @@ fn components_that_do_not_belong_together_are_refused_and_named() {
     );
     assert_eq!(
         refusal(SparseBitmask, &with(bitmask(), 2, shape(vec![2], &[i64::MAX, i64::MAX]))),
-        format!("tensor `m.weight`: the size of shape [{0}, {0}] overflows", i64::MAX)
+        tensor("m.weight", &format!("the size of shape [{0}, {0}] overflows", i64::MAX))
     );
     assert_eq!(
         refusal(SparseBitmask, &with(bitmask(), 2, shape(vec![2], &[1, 3]))),
-        "tensor `m.weight`: 7 kept values of 3 elements"
+        tensor("m.weight", "7 kept values of 3 elements")
     );
     let bits = Stored("m.bitmask", DType::I8, vec![2, 1], vec![0x69, 0x1C]);
     assert_eq!(

@@ -154,7 +154,7 @@ fn wrong_components_are_refused_and_named() {
         ),
         (
             changed(Stored("m.weight_shape", DType::I64, vec![2], numbers(&[1, 6]))),
-            format!("{file} `m.weight_packed`: groups of 4 columns do not divide 6 columns"),
+            format!("{file} `m.weight`: groups of 4 columns do not divide 6 columns"),
         ),
         (
             changed(Stored("m.weight_shape", DType::I64, vec![2], numbers(&[2, 8]))),
@@ -180,7 +180,7 @@ fn wrong_components_are_refused_and_named() {
         ),
         (
             changed(Stored("m.weight_scale", DType::I64, vec![1, 2], vec![0; 16])),
-            format!("{file} `m.weight_packed`: scales of type I64; expected F16, BF16 or F32"),
+            format!("{file} `m.weight`: scales of type I64; expected F16, BF16 or F32"),
         ),
     ] {
         assert_eq!(found, expected);

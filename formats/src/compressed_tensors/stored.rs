@@ -40,7 +40,9 @@ impl<'a> Stored<'a> {
     ) -> Result<Found> {
         let name = format!("{module}.weight");
         let components = encoding.components(&name, &shape).map_err(|error| match error {
-            FormatError::Encoding { what, .. } => self.invalid(first, what),
+            FormatError::Encoding { name, what } => {
+                FormatError::InvalidTensor { path: self.path(first).to_owned(), name, what }
+            }
             other => other,
         })?;
         let mut parts = Vec::with_capacity(components.len());
