@@ -287,8 +287,8 @@ impl SliceArgs {
             }
             slice.multiple = self.slice_multiple.unwrap_or(slice.multiple);
             slice.basis = self.basis.unwrap_or(slice.basis);
-            slice.correction = self.slice_correction.unwrap_or(slice.correction);
-            slice.damp = self.slice_damp.unwrap_or(slice.damp);
+            slice.correction = self.slice_correction.or(slice.correction);
+            slice.damp = self.slice_damp.or(slice.damp);
             slice.head |= self.slice_head;
         }
         Ok(())

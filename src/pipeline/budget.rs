@@ -81,21 +81,33 @@ impl MemoryBudget {
         }
     }
 
-    /// The budget of finding bases in which to slice.
-    pub(super) fn of_slicing(source: &ModelSource, calibration: &CalibrationRecipe) -> Self {
+    /// The budget of slicing to `width` columns; `fits` when a sliced model runs beside the dense one.
+    pub(super) fn of_slicing(
+        source: &ModelSource,
+        width: usize,
+        fits: bool,
+        calibration: &CalibrationRecipe,
+    ) -> Self {
         let config = source.config();
-        let hidden = config.hidden_size as u64;
+        let (hidden, kept) = (config.hidden_size as u64, width as u64);
         let tokens = (calibration.samples * calibration.seq_len) as u64;
         let batch = BATCH_TOKENS.max(calibration.seq_len) as u64;
         let widest = (config.q_features() + 2 * config.kv_features())
             .max(2 * config.intermediate_size) as u64;
-        let hidden_bytes = tokens * hidden * 4;
+        let input = widest_kept_input(config);
         // Decoded weights, the layout for products, and a piece on its way to the file in f64.
-        let block_bytes = block_weights(source.arch(), config) * 4 * 2
-            + SLICED_ROWS as u64 * (hidden + widest.max(hidden)) * 8;
+        let weights = block_weights(source.arch(), config) * 4 * 2;
+        let piece = SLICED_ROWS as u64 * (hidden + widest) * 8;
         // f32 sums of a batch; f64 sums, their copy by columns, eigenvectors and workspace.
-        let statistics_bytes = hidden * hidden * (4 + 5 * 8);
-        let batch_bytes = BATCHES_AT_ONCE * batch * (widest + 2 * hidden) * 4;
+        let covariance = hidden * hidden * (4 + 5 * 8);
+        let batches = BATCHES_AT_ONCE * batch * (widest + 2 * hidden) * 4;
+        // The second model's; its sums, their solution, and copies of both by columns.
+        let sums = input * (input + kept) * (4 + 4 * 8);
+        let beside = |of_one: u64, of_other: u64| of_one + if fits { of_other } else { 0 };
+        let hidden_bytes = beside(tokens * hidden * 4, tokens * (kept + input) * 4);
+        let block_bytes = beside(weights, weights) + piece;
+        let statistics_bytes = covariance.max(beside(0, sums));
+        let batch_bytes = beside(batches, BATCHES_AT_ONCE * batch * (input + 2 * kept) * 4);
         Self {
             hidden_bytes,
             block_bytes,

@@ -63,13 +63,13 @@ pub struct SliceRecipe {
     /// `shared`, or `block`.
     #[serde(default)]
     pub basis: Basis,
-    /// `least-squares` or `none`, in the shared basis.
-    #[serde(default)]
-    pub correction: Correction,
+    /// `least-squares`, which is for the shared basis and its default, or `none`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub correction: Option<Correction>,
     /// How strongly fitted weights are drawn towards those of a plain slice: a fraction of each
-    /// feature's own energy.
-    #[serde(default = "SliceRecipe::default_damp")]
-    pub damp: f64,
+    /// feature's own energy, 0.3 by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub damp: Option<f64>,
     /// Slice the output matrix too, in the block basis; in the shared one it always is.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub head: bool,
@@ -81,11 +81,6 @@ impl SliceRecipe {
         64
     }
 
-    /// Best on held-out text of those tried (docs/NUMERICS.md).
-    fn default_damp() -> f64 {
-        0.3
-    }
-
     /// Everything else by default.
     pub fn new(fraction: Option<Percent>, width: Option<usize>) -> Self {
         Self {
@@ -93,8 +88,8 @@ impl SliceRecipe {
             width,
             multiple: Self::default_multiple(),
             basis: Basis::default(),
-            correction: Correction::default(),
-            damp: Self::default_damp(),
+            correction: None,
+            damp: None,
             head: false,
         }
     }

@@ -69,7 +69,7 @@ fn check(model: &str, key: &str, slice: SliceRecipe) {
 }
 
 fn slice(width: usize, basis: Basis, head: bool) -> SliceRecipe {
-    let correction = Correction::None;
+    let correction = Some(Correction::None);
     SliceRecipe { basis, head, correction, ..SliceRecipe::new(None, Some(width)) }
 }
 

@@ -61,7 +61,6 @@ impl Basis {
     Debug,
     Clone,
     Copy,
-    Default,
     PartialEq,
     Eq,
     serde::Serialize,
@@ -72,7 +71,6 @@ impl Basis {
 #[serde(rename_all = "kebab-case")]
 pub enum Correction {
     /// Weights are fitted, point by point, to what the dense model does on the calibration text.
-    #[default]
     LeastSquares,
     /// Nothing.
     None,

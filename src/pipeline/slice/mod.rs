@@ -169,7 +169,10 @@ impl SliceJob<'_> {
         times: &mut PhaseTimes,
     ) -> Result<Vec<f64>> {
         let batches = super::entry::batch_lens(self.set).len() as u64;
-        self.progress.start(self.source.config().num_hidden_layers as u64 * 2 * batches);
+        // Two halves of each block to find the bases, four points and the output matrix to fit.
+        let blocks = self.source.config().num_hidden_layers as u64;
+        let fits = if self.slicing.fits() { 4 * blocks + 1 } else { 0 };
+        self.progress.start((2 * blocks + fits) * batches);
         let kept = match self.slicing.recipe.basis {
             Basis::Shared => self.make_shared(b, directory, times)?,
             Basis::Block => self.make_in_blocks(b, directory, times)?,

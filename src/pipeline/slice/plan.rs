@@ -10,10 +10,13 @@ use super::super::{
 };
 use super::{Sizes, SliceAccount};
 use crate::{
-    compress::Basis,
-    model::{ModelSource, SlicedModel, TensorKind, sidecars},
+    compress::{Basis, Correction},
+    model::{CapturePoint, ModelConfig, ModelSource, SlicedModel, TensorKind, sidecars},
     recipe::{CalibrationRecipe, Recipe, SliceRecipe, WeightDType},
 };
+
+/// Best on held-out text of those tried (docs/NUMERICS.md).
+const DEFAULT_DAMP: f64 = 0.3;
 
 /// A model that is to be sliced, and what it becomes.
 #[derive(Debug)]
@@ -73,6 +76,7 @@ impl Slicing {
                  that are to stay; give more with --samples"
             )));
         }
+        let damp = damp(slice)?;
         if slice.head && slice.basis == Basis::Shared {
             return Err(contradiction(
                 "the shared basis always slices the output matrix; --slice-head is about --basis block"
@@ -92,18 +96,31 @@ impl Slicing {
             }
         };
         let outline = source.outline(&model, dtype, &directory)?;
+        let fits = damp.is_some();
+        let recipe = SliceRecipe {
+            fraction: None,
+            width: Some(width),
+            correction: Some(if fits { Correction::LeastSquares } else { Correction::None }),
+            damp,
+            ..slice.clone()
+        };
         Ok(Self {
-            recipe: SliceRecipe { fraction: None, width: Some(width), ..slice.clone() },
+            recipe,
             width,
             hidden_size,
             dtype,
+            budget: MemoryBudget::of_slicing(source, width, fits, calibration),
+            flops: flops(source, &model.config, fits, calibration),
             model,
             outline,
-            budget: MemoryBudget::of_slicing(source, calibration),
-            flops: flops(source, calibration),
             before: Sizes::of_source(source),
             _files: files,
         })
+    }
+
+    /// Whether weights are fitted to the dense model.
+    pub(in super::super) fn fits(&self) -> bool {
+        self.recipe.damp.is_some()
     }
 
     /// What the slice saves and costs, with the model stored as `outputs`.
@@ -132,15 +149,51 @@ impl Slicing {
     }
 }
 
-/// One forward pass, and the second moments of the stream before every norm.
-fn flops(source: &ModelSource, calibration: &CalibrationRecipe) -> f64 {
+/// The damping of the fit, where there is one.
+fn damp(slice: &SliceRecipe) -> Result<Option<f64>> {
+    let shared = slice.basis == Basis::Shared;
+    let default = if shared { Correction::LeastSquares } else { Correction::None };
+    match (slice.correction.unwrap_or(default), slice.damp) {
+        (Correction::LeastSquares, _) if !shared => Err(contradiction(
+            "weights are fitted in the shared basis only; --basis block has no correction".into(),
+        )),
+        (Correction::None, Some(_)) => Err(contradiction(
+            "the damping is that of the fit, but sliced weights are not fitted here".into(),
+        )),
+        (Correction::None, None) => Ok(None),
+        (Correction::LeastSquares, Some(damp)) if !(damp.is_finite() && damp > 0.0) => Err(
+            contradiction(format!("the damping of the fit is {damp} (expected a positive number)")),
+        ),
+        (Correction::LeastSquares, damp) => Ok(Some(damp.unwrap_or(DEFAULT_DAMP))),
+    }
+}
+
+/// One forward pass, and the second moments of the stream before every norm; to fit, one more of both
+/// models, and the sums of what they read and write.
+fn flops(
+    source: &ModelSource,
+    sliced: &ModelConfig,
+    fits: bool,
+    calibration: &CalibrationRecipe,
+) -> f64 {
     let (arch, config) = (source.arch(), source.config());
-    let (blocks, hidden) = (config.num_hidden_layers as f64, config.hidden_size as f64);
+    let blocks = config.num_hidden_layers as f64;
+    let (hidden, kept) = (config.hidden_size as f64, sliced.hidden_size as f64);
     let tokens = (calibration.samples * calibration.seq_len) as f64;
     let window = calibration.seq_len as f64;
-    let weights = block_weights(arch, config);
-    blocks * block_forward_flops(config, weights, tokens, window)
-        + (2.0 * blocks + 1.0) * gram_flops(tokens, hidden)
+    let forward = |config: &ModelConfig| {
+        blocks * block_forward_flops(config, block_weights(arch, config), tokens, window)
+    };
+    let basis = forward(config) + (2.0 * blocks + 1.0) * gram_flops(tokens, hidden);
+    if !fits {
+        return basis;
+    }
+    let sums =
+        |outputs: f64, inputs: f64| 2.0 * tokens * outputs * inputs + gram_flops(tokens, inputs);
+    let written = [CapturePoint::AttnOut, CapturePoint::MlpHidden]
+        .map(|point| sums(kept, config.capture_width(point) as f64));
+    let sums = (2.0 * blocks + 1.0) * sums(hidden, kept) + blocks * written.iter().sum::<f64>();
+    basis + forward(config) + forward(sliced) + sums
 }
 
 /// The columns that stay.

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     backend::{Backend, Dense},
-    compress::{Correction, slicegpt::Covariance},
+    compress::slicegpt::Covariance,
     model::CapturePoint,
 };
 
@@ -29,12 +29,9 @@ impl SliceJob<'_> {
         let covariance = self.covariance(b, times)?;
         let rotation = self.rotation(b, &covariance, times)?;
         let mut writer = SlicedWriter::create(b, self, directory)?;
-        match self.slicing.recipe.correction {
-            Correction::LeastSquares => {
-                let damp = self.slicing.recipe.damp;
-                self.write_corrected(b, &rotation.q, damp, &mut writer, times)?;
-            }
-            Correction::None => self.write_plain(&rotation.q, &mut writer, times)?,
+        match self.slicing.recipe.damp {
+            Some(damp) => self.write_corrected(b, &rotation.q, damp, &mut writer, times)?,
+            None => self.write_plain(&rotation.q, &mut writer, times)?,
         }
         writer.finish(times)?;
         Ok(vec![rotation.kept()])
