@@ -407,6 +407,50 @@ fn gram_is_the_lower_triangle_of_xtx<B: Backend>(t: &Instance<B>) {
     assert!(t.backend.gram_accumulate(&mut h, &x).is_err());
 }
 
+fn cross_sums_are_atb<B: Backend>(t: &Instance<B>) {
+    let shapes = [(1, 1, 1), (33, 7, 40), (70, 65, 3), (1100, 130, 96)];
+    for (seed, (tokens, m, n)) in shapes.into_iter().enumerate() {
+        let rng = &mut rng(seed);
+        let start = random(rng, m * n);
+        let a = t.product_values(&random(rng, tokens * m));
+        let b = t.product_values(&random(rng, tokens * n));
+        let mut c = t.upload(&start, m, n);
+        let (left, right) = (t.upload(&a, tokens, m), t.upload(&b, tokens, n));
+        t.backend.cross_accumulate(&mut c, &left, &right).unwrap();
+        let expected: Vec<_> = (0..m * n)
+            .map(|at| {
+                let (sum, scale) = dot(tokens, |t| a[t * m + at / n], |t| b[t * n + at % n]);
+                let start = f64::from(start[at]);
+                (start + sum, start.abs() + scale)
+            })
+            .collect();
+        assert_close(&t.download(&c), &expected, t.sum_tolerance(), "cross_accumulate");
+        assert!(t.backend.cross_accumulate(&mut c, &right, &left).is_err() || m == n);
+    }
+    let mut c = t.backend.zeros(2, 3).unwrap();
+    let (a, b) = (t.backend.zeros(4, 2).unwrap(), t.backend.zeros(5, 3).unwrap());
+    assert!(t.backend.cross_accumulate(&mut c, &a, &b).is_err());
+}
+
+fn rows_are_scaled<B: Backend>(t: &Instance<B>) {
+    let (rows, cols) = (37, 5);
+    let values = random(&mut rng(21), rows * cols);
+    let factors = random(&mut rng(22), rows);
+    let mut x = t.upload(&values, rows, cols);
+    t.backend.scale_rows(&mut x, &factors).unwrap();
+    let product = |(at, x): (usize, &f32)| f64::from(*x) * f64::from(factors[at / cols]);
+    let expected = values.iter().enumerate().map(product).collect();
+    assert_close(&t.download(&x), &relative(expected), F32_ELEMENT, "scale_rows");
+    assert!(t.backend.scale_rows(&mut x, &factors[1..]).is_err());
+    // What only feeds products stays in their type.
+    let gain = t.upload(&vec![1.0; cols], 1, cols);
+    let mut normed = t.backend.rms_norm(&t.upload(&values, rows, cols), &gain, 1e-6).unwrap();
+    let before = t.download(&normed);
+    t.backend.scale_rows(&mut normed, &vec![0.5; rows]).unwrap();
+    let halves: Vec<f32> = before.iter().map(|x| x / 2.0).collect();
+    assert_eq!(t.download(&normed), halves);
+}
+
 fn column_statistics<B: Backend>(t: &Instance<B>) {
     let (rows, cols) = (777, 35);
     let mut x = random(&mut rng(9), rows * cols);
@@ -874,7 +918,8 @@ macro_rules! every_operation {
             matrices_round_trip, linear_is_x_wt, norms_normalise_rows,
             rope_rotates_half_split_pairs, attention_is_causal_softmax,
             activations_match_their_formulas, fused_linears_equal_their_parts, token_nll_is_log_sum_exp,
-            gram_is_the_lower_triangle_of_xtx, column_statistics, diagonals_and_columns,
+            gram_is_the_lower_triangle_of_xtx, cross_sums_are_atb, rows_are_scaled,
+            column_statistics, diagonals_and_columns,
             inverse_factor_inverts, zero_lowest_counts_exactly, obs_sweep_follows_algorithm_1,
             quadratic_form_sums_rows, ceiling_is_positive, columns_are_permuted_and_zeros_copied,
             rounding_takes_the_nearest_value, obs_sweep_rounds_and_feeds_errors_on,

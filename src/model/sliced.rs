@@ -132,7 +132,9 @@ fn overlay(source: &ModelSource, sliced: Value) -> Value {
         _ => json!({}),
     };
     if let (Some(out), Value::Object(sliced)) = (json.as_object_mut(), sliced) {
-        RECORDS.iter().for_each(|key| drop(out.remove(*key)));
+        for key in RECORDS {
+            out.remove(key);
+        }
         out.extend(sliced);
     }
     json

@@ -48,7 +48,7 @@ fn sliced_logits(golden: &Golden, model: &str, slice: SliceRecipe, out: &Path) -
     let set = CalibrationSet::from_ids(&text, &ids, sampling).unwrap();
     let options = RunOptions {
         resume: false,
-        checkpoint_interval: Duration::from_secs(3600),
+        checkpoint_interval: Duration::from_hours(1),
         memory_bytes: None,
     };
     convert(&source, &plan, Some(&set), out, F32, options, &NoProgress).unwrap();

@@ -169,12 +169,16 @@ pub(super) fn scale_rows(x: &mut CpuMatrix, factors: &[f32]) -> Result<()> {
     match &mut x.data {
         HostData::F32(values) => {
             values.par_chunks_exact_mut(cols).zip(factors).for_each(|(row, factor)| {
-                row.iter_mut().for_each(|value| *value *= factor);
+                for value in row {
+                    *value *= factor;
+                }
             });
         }
         HostData::Bf16(values) => {
             values.par_chunks_exact_mut(cols).zip(factors).for_each(|(row, factor)| {
-                row.iter_mut().for_each(|value| *value = bf16::from_f32(value.to_f32() * factor));
+                for value in row {
+                    *value = bf16::from_f32(value.to_f32() * factor);
+                }
             });
         }
     }

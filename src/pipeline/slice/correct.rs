@@ -16,9 +16,12 @@ use super::{
     weights::{Bases, SlicedWriter},
 };
 use crate::{
-    backend::{Backend, Dense, HostData, HostMatrix, SequenceLens},
+    backend::{Backend, BackendError, Dense, HostData, HostMatrix, SequenceLens},
     calibration::{HiddenStates, HostActivations},
-    compress::slicegpt::{self, Fit},
+    compress::{
+        SolveError,
+        slicegpt::{self, Fit},
+    },
     model::{Activations, Block, CapturePoint, Norm},
 };
 
@@ -70,7 +73,8 @@ impl SliceJob<'_> {
             ] {
                 let fit = pair.read(times)?;
                 let start = Instant::now();
-                let t = fit.solve(b, q, damp)?;
+                let first = dense.at(reads).next().map(|linear| linear.tensor.clone());
+                let t = solve(b, &fit, q, damp, &first.unwrap_or_default())?;
                 let gain = writer.gain_before(reads, index)?;
                 for (linear, from) in sliced.at(reads).zip(dense.at(reads)) {
                     let weight = Dense::new(from.rows, from.cols, &from.weight)?;
@@ -85,7 +89,8 @@ impl SliceJob<'_> {
                 for (linear, from) in sliced.at(writes).zip(dense.at(writes)) {
                     let weight = Dense::new(from.rows, from.cols, &from.weight)?;
                     let plain = slicegpt::writer(b, &weight, q)?;
-                    linear.weight = writer.put(&linear.tensor, &fit.solve(b, &plain, damp)?)?;
+                    let weight = solve(b, &fit, &plain, damp, &linear.tensor)?;
+                    linear.weight = writer.put(&linear.tensor, &weight)?;
                 }
                 sliced.install(b, writes)?;
                 times.charge(Phase::Slice, start.elapsed().as_secs_f64(), 0.0);
@@ -95,7 +100,7 @@ impl SliceJob<'_> {
             self.source.release(index);
         }
         let fit = pair.read(times)?;
-        let t = fit.solve(b, q, damp)?;
+        let t = solve(b, &fit, q, damp, &self.source.lm_head())?;
         writer.write_after_blocks(Some(&t), times)
     }
 }
@@ -319,6 +324,16 @@ impl<'a, B: Backend> Pair<'a, B> {
         }
         Ok(())
     }
+}
+
+/// The fitted map in the place of `plain`.
+fn solve<B: Backend>(b: &B, fit: &Fit, plain: &Dense, damp: f64, tensor: &str) -> Result<Dense> {
+    fit.solve(b, plain, damp).map_err(|error| match error {
+        BackendError::NotPositiveDefinite { pivot } => {
+            SolveError::NotPositiveDefinite { layer: tensor.to_owned(), pivot, damp }.into()
+        }
+        other => other.into(),
+    })
 }
 
 /// `1 / √mean(x²)` of each row; nothing for a row of zeros.

@@ -88,13 +88,13 @@ impl Slicing {
             Basis::Shared => SlicedModel::shared(source, width, dtype)?,
             Basis::Block => SlicedModel::in_blocks(source, width, slice.head, dtype)?,
         };
-        let (directory, files) = match source.reader().metadata() {
-            ModelMetadata::HuggingFace { directory, .. } => (directory.clone(), None),
-            _ => {
+        let (directory, files) =
+            if let ModelMetadata::HuggingFace { directory, .. } = source.reader().metadata() {
+                (directory.clone(), None)
+            } else {
                 let files = tokenizer_files(source)?;
                 (files.path().to_owned(), Some(files))
-            }
-        };
+            };
         let outline = source.outline(&model, dtype, &directory)?;
         let fits = damp.is_some();
         let recipe = SliceRecipe {
