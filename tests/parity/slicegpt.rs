@@ -84,6 +84,20 @@ fn one_basis_for_the_whole_model() {
 }
 
 #[test]
+fn a_slice_that_is_fitted() {
+    for (model, narrow, whole) in [("llama-gqa", 24, 32), ("mistral", 32, 40), ("qwen2", 24, 32)] {
+        let fitted = |width| SliceRecipe {
+            correction: Some(Correction::LeastSquares),
+            damp: Some(0.3),
+            ..slice(width, Basis::Shared, false)
+        };
+        check(model, &format!("{model}.shared.{narrow}.fitted"), fitted(narrow));
+        // Where nothing is left out there is nothing to make up for.
+        check(model, &format!("{model}.shared.{whole}"), fitted(whole));
+    }
+}
+
+#[test]
 fn a_basis_for_each_half_of_a_block() {
     for (model, width) in [("llama-gqa", 24), ("mistral", 32), ("qwen2", 24), ("opt", 24)] {
         check(model, &format!("{model}.block.{width}"), slice(width, Basis::Block, false));
