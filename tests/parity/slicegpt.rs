@@ -14,6 +14,7 @@ use sparsepack::{
 };
 
 use super::{Difference, Golden, fixture};
+use crate::harness::{Tensor, copy_dir, noise, read_tensors, write_tensors};
 
 /// f32 forward passes, weights rounded to f32: the maker's own estimate is 7e-6.
 const LOGITS: f64 = 3e-5;
@@ -36,7 +37,18 @@ impl sparsepack::backend::BackendJob for Logits<'_> {
 
 /// Slices a tiny model as the golden case was, and returns its logits on the evaluation ids.
 fn sliced_logits(golden: &Golden, model: &str, slice: SliceRecipe, out: &Path) -> Vec<f32> {
-    let source = ModelSource::open(&fixture("tiny").join(model)).unwrap();
+    sliced_logits_of(&fixture("tiny").join(model), golden, model, slice, out)
+}
+
+/// The same of the model in `path`, with the ids of `model`.
+fn sliced_logits_of(
+    path: &Path,
+    golden: &Golden,
+    model: &str,
+    slice: SliceRecipe,
+    out: &Path,
+) -> Vec<f32> {
+    let source = ModelSource::open(path).unwrap();
     let text = fixture("text/calibration.txt");
     let calibration =
         CalibrationRecipe { file: Some(text.clone()), samples: 4, seq_len: 24, seed: None };
@@ -52,7 +64,12 @@ fn sliced_logits(golden: &Golden, model: &str, slice: SliceRecipe, out: &Path) -
         memory_bytes: None,
     };
     convert(&source, &plan, Some(&set), out, F32, options, &NoProgress).unwrap();
-    let source = ModelSource::open(out).unwrap();
+    logits(out, model)
+}
+
+/// Logits of a model on the evaluation ids of `model`.
+fn logits(path: &Path, model: &str) -> Vec<f32> {
+    let source = ModelSource::open(path).unwrap();
     let ids = Golden::open(&format!("tiny/{model}/golden.safetensors")).ids("input_ids");
     dispatch(F32, Logits(&source, &ids)).unwrap()
 }
@@ -95,6 +112,33 @@ fn a_slice_that_is_fitted() {
         // Where nothing is left out there is nothing to make up for.
         check(model, &format!("{model}.shared.{whole}"), fitted(whole));
     }
+}
+
+#[test]
+fn biases_are_turned_and_not_fitted_twice() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, out) = (dir.path().join("model"), dir.path().join("out"));
+    copy_dir(&fixture("tiny/llama-gqa"), &model);
+    let config = std::fs::read_to_string(model.join("config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    config["attention_bias"] = true.into();
+    std::fs::write(model.join("config.json"), config.to_string()).unwrap();
+    let mut tensors = read_tensors(&model);
+    for block in 0..2 {
+        for (seed, (linear, rows)) in
+            [("q", 32), ("k", 16), ("v", 16), ("o", 32)].into_iter().enumerate()
+        {
+            let name = format!("model.layers.{block}.self_attn.{linear}_proj.bias");
+            tensors.push(Tensor::f32(name, &[rows], &noise(seed as u64, rows)));
+        }
+    }
+    write_tensors(&model, &tensors);
+    let golden = Golden::open("golden/slicegpt.safetensors");
+    let whole = SliceRecipe::new(None, Some(32));
+    let got = sliced_logits_of(&model, &golden, "llama-gqa", whole, &out);
+    let difference = Difference::of(&got, &logits(&model, "llama-gqa"));
+    println!("biases: {difference}");
+    assert!(difference.within(LOGITS), "{difference}");
 }
 
 #[test]

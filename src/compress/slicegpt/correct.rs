@@ -25,8 +25,7 @@ impl Fit {
     /// `t0: [outputs, inputs]`.
     ///
     /// # Errors
-    /// [`BackendError::NotPositiveDefinite`] for sums that are not finite; shapes that do not fit;
-    /// device failure.
+    /// Shapes that do not fit; device failure.
     pub fn solve<B: DenseOps>(&self, b: &B, t0: &Dense, damp: f64) -> Result<Dense, BackendError> {
         let gram = symmetric(&self.gram);
         let mut missing = b.dense_product(t0, &gram)?.scaled(-1.0);

@@ -6,7 +6,7 @@ use std::{sync::Arc, time::Instant};
 
 use super::super::{
     budget::{forward_flops, gram_flops},
-    error::Result,
+    error::{PipelineError, Result},
     loader::{LoadedBlock, LoadedLinear},
     progress::{Phase, PhaseTimes},
 };
@@ -38,6 +38,8 @@ struct Pair<'a, B: Backend> {
     student: HiddenStates,
     /// Gains of the norms: all ones.
     ones: [B::Matrix; 2],
+    /// Where both stand, for errors.
+    block: usize,
 }
 
 /// One batch of both, where their streams are read or written.
@@ -98,6 +100,7 @@ impl SliceJob<'_> {
             }
             writer.write_beside_linears(index, Bases::shared(q), times)?;
             self.source.release(index);
+            pair.block = index + 1;
         }
         let fit = pair.read(times)?;
         let t = solve(b, &fit, q, damp, &self.source.lm_head())?;
@@ -128,7 +131,7 @@ impl<'a, B: Backend> Pair<'a, B> {
         times.charge(Phase::Forward, start.elapsed().as_secs_f64(), 0.0);
         let ones = |width: usize| b.upload(&vec![1.0; width], 1, width);
         let ones = [ones(job.slicing.hidden_size)?, ones(job.slicing.width)?];
-        Ok(Self { b, job, q, project: Arc::new(project), teacher, student, ones })
+        Ok(Self { b, job, q, project: Arc::new(project), teacher, student, ones, block: 0 })
     }
 
     /// The student's block, its linears still to come.
@@ -224,10 +227,11 @@ impl<'a, B: Backend> Pair<'a, B> {
             let mut y = b.onload(negated(&residual))?;
             b.linear_add(&mut y, &b.onload(teacher.clone())?, &project, lacking.as_ref())?;
             b.scale_rows(&mut y, &factors)?;
-            let input = match at.input {
-                Some(input) => b.offload(input)?,
-                None => HostMatrix { rows: 0, cols: 0, data: HostData::F32(Vec::new()) },
+            let Some(input) = at.input else {
+                let detail = format!("no input at {writes:?}");
+                return Err(BackendError::Shape { operation: "block step", detail }.into());
             };
+            let input = b.offload(input)?;
             let mut x = b.onload(input.clone())?;
             b.scale_rows(&mut x, &factors)?;
             Ok(Met { y, x, teacher, student: HostActivations { residual, input: Some(input) } })
@@ -280,8 +284,14 @@ impl<'a, B: Backend> Pair<'a, B> {
             for (&batch, met) in group.iter().zip(met) {
                 let Met { y, x, teacher, student } = met?;
                 let start = Instant::now();
-                let tokens = b.shape(&x).0 as f64;
                 let (y, x) = self.teacher.counted.both(b, batch, y, x)?;
+                let bad = b.count_non_finite_rows(&y)?.max(b.count_non_finite_rows(&x)?);
+                let all = b.shape(&x).0;
+                if bad > 0 {
+                    let block = self.block;
+                    return Err(PipelineError::NonFiniteActivations { block, bad, all });
+                }
+                let tokens = all as f64;
                 b.cross_accumulate(&mut cross, &y, &x)?;
                 b.gram_accumulate(&mut gram, &x)?;
                 let flops = gram_flops(tokens, inputs as f64)
@@ -338,12 +348,21 @@ fn solve<B: Backend>(b: &B, fit: &Fit, plain: &Dense, damp: f64, tensor: &str) -
 
 /// `1 / √mean(x²)` of each row; nothing for a row of zeros.
 fn inverse_rms(x: &HostMatrix) -> Vec<f32> {
-    let HostData::F32(values) = &x.data else { return vec![1.0; x.rows] };
-    let inverse = |row: &[f32]| {
-        let square = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>();
-        if square > 0.0 { (square / row.len() as f64).sqrt().recip() as f32 } else { 0.0 }
+    let inverse = |square: f64| {
+        if square > 0.0 { (square / x.cols as f64).sqrt().recip() as f32 } else { 0.0 }
     };
-    values.chunks_exact(x.cols.max(1)).map(inverse).collect()
+    let square = |x: f32| f64::from(x) * f64::from(x);
+    let cols = x.cols.max(1);
+    match &x.data {
+        HostData::F32(values) => {
+            let rows = values.chunks_exact(cols);
+            rows.map(|row| inverse(row.iter().map(|&x| square(x)).sum())).collect()
+        }
+        HostData::Bf16(values) => {
+            let rows = values.chunks_exact(cols);
+            rows.map(|row| inverse(row.iter().map(|x| square(x.to_f32())).sum())).collect()
+        }
+    }
 }
 
 fn negated(x: &HostMatrix) -> HostMatrix {
