@@ -214,3 +214,30 @@ impl<'a, B: Backend> Stream<'a, B> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        backend::{Precision, Storage, cpu::Cpu},
+        calibration::Sampling,
+        model::ModelSource,
+    };
+
+    #[test]
+    fn special_tokens_do_not_count() {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+        let source = ModelSource::open(&root.join("fixtures/tiny/llama-gqa")).unwrap();
+        let (bos, eos) = (source.config().bos_token_id.unwrap(), source.config().eos_token_ids[0]);
+        let ids = [bos, 7, 8, 9, 10, 11, 12, eos];
+        let sampling = Sampling { samples: 1, seq_len: 8, seed: None };
+        let set = CalibrationSet::from_ids(root, &ids, sampling).unwrap();
+        let counted = Counted::new(&set, source.config());
+        let b = Cpu::new(Precision::F32, Some(1)).unwrap();
+        let rows = |values: &[f32]| {
+            let x = b.upload(values, 8, 1).unwrap();
+            b.download(&counted.rows(&b, 0, x).unwrap()).unwrap()
+        };
+        assert_eq!(rows(&[0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+    }
+}
