@@ -161,6 +161,35 @@ def gguf_models(work):
         check(error < 1e-5, f"{name}.gguf: logits within {error:.1e} in transformers")
 
 
+def sliced_models(work):
+    """A slice in one basis is a stock model: its class without code of its own, and the perplexity that
+    sparsepack eval prints."""
+    text = FIXTURES / "text/heldout.txt"
+    common = ["--samples", 16, "--seq-len", 256, "--calibration", FIXTURES / "text/calibration.txt"]
+    for width, expected in ((96, "LlamaForCausalLM"), (98, "MistralForCausalLM")):
+        out = work / f"sliced-{width}"
+        sparsepack("convert", FIXTURES / "model", "-o", out, "--slice-width", width, *common)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            out, dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
+        name = type(model).__name__
+        strays = [key for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if loading[key]]
+        check(name == expected and not strays, f"{width} columns: {name}, every tensor in its place")
+        table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        check(table is not head and table.shape == head.shape == (1024, width),
+              f"{width} columns: the output matrix is its own")
+        tokenizer = AutoTokenizer.from_pretrained(out)
+        theirs = perplexity(model, tokenizer, text.read_text())
+        ours = json.loads(
+            sparsepack("eval", out, "--text", text, "--window", WINDOW,
+                       "--max-windows", WINDOWS, "--compute", "f32", "--json")
+        )["perplexity"]
+        check(abs(ours / theirs - 1) < 1e-4,
+              f"{width} columns: perplexity {ours:.4f} (transformers {theirs:.4f})")
+        generated = model.generate(tokenizer("The", return_tensors="pt").input_ids,
+                                   max_new_tokens=8, do_sample=False)
+        check(generated.shape[1] > 1, f"generates: {tokenizer.decode(generated[0])!r}")
+
+
 def container_tensors(path):
     """Reads model.spz by docs/FORMATS.md: name and bytes of each component."""
     data = path.read_bytes()
@@ -230,6 +259,7 @@ def main():
         fixture_model(work)
         packed_models(work)
         gguf_models(work)
+        sliced_models(work)
         compressed(work)
         real_model(work)
     print("all outputs load in their readers")

@@ -110,6 +110,11 @@ def solved(work, model, outputs, tolerance):
         evaluated(source, plain, f"{model.name} {name}", 1e-4)
 
 
+def sliced(work, model, outputs, tolerance):
+    """Slices in one basis, which stock programs run."""
+    compare(work, model, {name: args + CALIBRATION for name, args in outputs.items()}, tolerance)
+
+
 def compare(work, model, outputs, tolerance):
     """Every output: the ids of the tokenizer of the source, and the perplexity of sparsepack eval."""
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
@@ -199,6 +204,10 @@ def main():
         solved(work, FIXTURES / "model", {f"{name}-gptq": ["--quantize", name] for name in ("q8_0", "q4_0")}, 0.01)
         solved(work, FIXTURES / "model", {"q4_0-2of4": ["--quantize", "q4_0", "--prune", "sparsegpt", "--sparsity", "2:4"]}, 0.02)
         solved(work, work / "wide", {"q4_k-gptq": ["--quantize", "q4_k"]}, 0.02)
+        # 98 columns: heads do not divide them, and rows are not whole blocks.
+        slices = {"sliced-f32": ["--slice-width", 96, "--dtype", "f32"], "sliced-98": ["--slice-width", 98]}
+        sliced(work, FIXTURES / "model", slices, 0.01)
+        sliced(work, FIXTURES / "model", {"sliced-q8_0": ["--slice-width", 96, "--quantize", "q8_0"]}, 0.01)
         sentencepiece(work)
         split(work)
         for path in [*sorted(FIXTURES.glob("tiny/*.gguf")), *sorted((FIXTURES.parent / "target/models").glob("*.gguf"))]:
