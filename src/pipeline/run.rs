@@ -372,15 +372,14 @@ impl<'a, B: Backend> Run<'a, B> {
         reports: &[LayerReport],
         began: Instant,
     ) -> BlockReport {
-        let config = self.job.source.config();
-        let weights = super::budget::block_weights(self.job.source.arch(), config) as f64;
+        let outputs = self.job.plan.outputs.iter();
+        let linears =
+            || outputs.clone().filter(|it| it.block == Some(plan.index) && it.linear.is_some());
+        let bytes: u64 = linears().map(|output| output.bytes).sum();
+        let weights: usize = linears().map(|output| output.shape.iter().product::<usize>()).sum();
+        let weights = weights as f64;
         let zeroed: u64 = reports.iter().map(|report| report.zeroed).sum();
         let errors: Vec<f64> = reports.iter().filter_map(|report| report.relative_error).collect();
-        let linears = self.job.plan.outputs.iter();
-        let bytes: u64 = linears
-            .filter(|output| output.block == Some(plan.index) && output.linear.is_some())
-            .map(|output| output.bytes)
-            .sum();
         BlockReport {
             block: plan.index,
             sparsity: zeroed as f64 / weights,
