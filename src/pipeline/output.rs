@@ -248,14 +248,16 @@ fn output_config(
         if let Some(quantization) = quantization_config(source, plan)? {
             object.insert("quantization_config".to_owned(), quantization);
         }
-        // Left by the run that pruned the source, where this one prunes nothing.
+        // Left by earlier runs. What one said of its pruning goes where this one prunes.
         let earlier = object.get("sparsepack").is_some_and(serde_json::Value::is_object);
         let recipe = &plan.recipe;
-        if recipe.prune.is_some() {
-            object.remove("sparsepack");
-        }
         if earlier || plan.slice.is_some() || recipe.prune.is_some() || recipe.quantize.is_some() {
             let record = object.entry("sparsepack").or_insert_with(|| serde_json::json!({}));
+            match record.as_object_mut() {
+                Some(record) if recipe.prune.is_some() => record.retain(|key, _| key == "slice"),
+                Some(_) => {}
+                None => *record = serde_json::json!({}),
+            }
             put_record(record, plan, manifest);
         }
     }
