@@ -50,7 +50,8 @@ impl CliError {
                 PipelineError::Recipe(_)
                 | PipelineError::OutputExists { .. }
                 | PipelineError::OutputIsInput { .. }
-                | PipelineError::Unsupported { .. },
+                | PipelineError::Unsupported { .. }
+                | PipelineError::Model(ModelError::CannotSlice { .. }),
             ) => 2,
             _ => 1,
         }

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use super::{
     entry,
     error::Result,
-    plan::{ConversionPlan, contradiction},
+    plan::{ConversionPlan, contradiction, without_budget},
     progress::{PhaseTimes, Progress},
     stages::StageContext,
 };
@@ -66,6 +66,7 @@ pub fn fit(
     let Some(budget) = &recipe.budget else {
         return Err(contradiction("the recipe has no budget to fit".into()));
     };
+    without_budget(recipe)?;
     let candidates = candidates(recipe, budget)?;
     let plans = candidates
         .iter()

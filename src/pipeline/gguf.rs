@@ -66,6 +66,9 @@ pub(super) fn plan(
         let place = tensor.gguf.as_ref().ok_or_else(|| {
             let family = &source.arch().hf_class;
             refuse(match source.arch().gguf {
+                None if source.arch().shortcuts.is_some() => {
+                    format!("GGUF has no architecture for {family}; slice with --basis shared")
+                }
                 None => format!("GGUF has no architecture for {family}"),
                 Some(_) => format!("GGUF files of {family} have no tensor `{}`", tensor.name),
             })

@@ -33,6 +33,9 @@ use crate::{
 /// A shard is closed before it would grow beyond this by default; a block is never split.
 const SHARD_BYTES: u64 = 4 << 30;
 
+/// Calibration tokens beyond which there is a mistake; below, sizes in bytes do not overflow.
+const MAX_TOKENS: usize = 1 << 36;
+
 /// How much of a matrix becomes zero, and how that is chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Pruning {
@@ -514,7 +517,12 @@ fn solver_options(recipe: &Recipe) -> Result<SolverOptions> {
     })
 }
 
-fn check_calibration(recipe: &Recipe, needs: StatKind, max_positions: usize) -> Result<()> {
+/// Settings of the calibration that no text can have, or that nothing asks for.
+pub(super) fn check_calibration(
+    recipe: &Recipe,
+    needs: StatKind,
+    max_positions: usize,
+) -> Result<()> {
     let calibration = &recipe.calibration;
     match (&calibration.file, needs) {
         (None, StatKind::None) => Ok(()),
@@ -537,8 +545,29 @@ fn check_calibration(recipe: &Recipe, needs: StatKind, max_positions: usize) -> 
              max_position_embeddings of {max_positions}",
             calibration.seq_len
         ))),
+        (Some(_), _) if calibration.samples > MAX_TOKENS / calibration.seq_len => {
+            Err(contradiction(format!(
+                "{} calibration windows of {} tokens (expected at most {MAX_TOKENS} tokens in all)",
+                calibration.samples, calibration.seq_len
+            )))
+        }
         _ => Ok(()),
     }
+}
+
+/// Refuses a size budget, which is fitted to the source and not to what slicing makes of it.
+///
+/// # Errors
+/// A recipe with both.
+pub(super) fn without_budget(recipe: &Recipe) -> Result<()> {
+    if recipe.slice.is_some() && recipe.budget.is_some() {
+        return Err(contradiction(
+            "a size budget is fitted to the model that is there; slice first, and fit the result in a \
+             second conversion"
+                .into(),
+        ));
+    }
+    Ok(())
 }
 
 pub(super) fn contradiction(what: String) -> PipelineError {

@@ -6,10 +6,11 @@ use tempfile::TempDir;
 use super::super::{
     budget::{MemoryBudget, block_forward_flops, block_weights, gram_flops},
     error::{PipelineError, Result},
-    plan::{OutputTensor, contradiction},
+    plan::{OutputTensor, check_calibration, contradiction, without_budget},
 };
 use super::{Sizes, SliceAccount};
 use crate::{
+    calibration::StatKind,
     compress::{Basis, Correction},
     model::{CapturePoint, ModelConfig, ModelSource, SlicedModel, TensorKind, sidecars},
     recipe::{CalibrationRecipe, Recipe, SliceRecipe, WeightDType},
@@ -56,19 +57,14 @@ impl Slicing {
     ) -> Result<Self> {
         let hidden_size = source.config().hidden_size;
         let width = width(slice, hidden_size)?;
-        if recipe.budget.is_some() {
-            return Err(contradiction(
-                "a size budget is fitted to the model that is there; slice first, and fit the result \
-                 in a second conversion"
-                    .into(),
-            ));
-        }
+        without_budget(recipe)?;
         let calibration = &recipe.calibration;
         if calibration.file.is_none() {
             return Err(contradiction(
                 "slicing needs calibration text: give --calibration FILE".into(),
             ));
         }
+        check_calibration(recipe, StatKind::None, source.config().max_position_embeddings)?;
         let tokens = calibration.samples * calibration.seq_len;
         if tokens < width {
             return Err(contradiction(format!(
@@ -209,8 +205,8 @@ fn width(slice: &SliceRecipe, hidden_size: usize) -> Result<usize> {
             let width = kept as usize / multiple * multiple;
             if width == 0 {
                 return Err(contradiction(format!(
-                    "slicing {fraction} of {hidden_size} columns leaves {}, which is no multiple of \
-                     {multiple}; give a smaller --slice-multiple",
+                    "slicing {fraction} of {hidden_size} columns leaves {}, fewer than the {multiple} \
+                     that widths are a multiple of; slice less, or give a smaller --slice-multiple",
                     kept as usize
                 )));
             }
