@@ -74,7 +74,7 @@ fn assert_same_values(out: &Path, against: &Path) {
 }
 
 /// A tiny model with a tokenizer of its 96 tokens beside it.
-fn with_tokenizer(dir: &Dir, tiny: &str) -> PathBuf {
+pub(crate) fn with_tokenizer(dir: &Dir, tiny: &str) -> PathBuf {
     let model = dir.join(tiny);
     copy_dir(&fixture(&format!("tiny/{tiny}")), &model);
     let from_gguf = dir.join("from-gguf");

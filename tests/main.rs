@@ -16,4 +16,5 @@ mod pipeline;
 mod quality;
 mod quantize;
 mod resume;
+mod slice;
 mod zst;
