@@ -386,6 +386,39 @@ mod tests {
     }
 
     #[test]
+    fn the_width_at_the_exit_survives_json_and_back() {
+        for name in ["llama-gqa", "mistral", "qwen2", "opt"] {
+            let (arch, config) = fixture(name);
+            let sliced = arch.in_blocks().unwrap();
+            for exit_size in [None, Some(40)] {
+                let mut config = ModelConfig::from_hf(arch, &config).unwrap();
+                (config.hidden_size, config.exit_size) = (20, exit_size);
+                (config.norm_eps, config.tie_word_embeddings) = (2.5e-3, false);
+                if sliced.lm_head_bias {
+                    config.biases = sliced.linears.iter().map(|linear| linear.role).collect();
+                }
+                let json = config.to_hf_json(sliced, DType::F16).unwrap();
+                assert_eq!(json.get("exit_size"), exit_size.map(|size| json!(size)).as_ref());
+                assert!(std::ptr::eq(Architecture::for_hf(&json).unwrap(), sliced));
+                assert_eq!(ModelConfig::from_hf(sliced, &json).unwrap(), config, "{name}");
+                assert_eq!(config.exit_width(), exit_size.unwrap_or(20));
+                let eps = 2.5e-3 * 20.0 / config.exit_width() as f32;
+                assert!((config.exit_norm_eps() / eps - 1.0).abs() < 1e-6);
+                for block in 0..2 {
+                    let rows = if block == 1 { config.exit_width() } else { 20 };
+                    assert_eq!(config.linear_shape_in(block, Role::DownProj)[0], rows);
+                }
+            }
+            // A width of nothing is refused, and other families have no such key.
+            let mut json = ModelConfig::from_hf(arch, &config).unwrap();
+            json.exit_size = Some(0);
+            let json = json.to_hf_json(sliced, DType::F32).unwrap();
+            let error = ModelConfig::from_hf(sliced, &json).unwrap_err().to_string();
+            assert!(error.starts_with("configuration key `exit_size` is 0"), "{error}");
+        }
+    }
+
+    #[test]
     fn keys_that_differ_between_families_are_read() {
         let opt = read("opt");
         assert_eq!((opt.intermediate_size, opt.num_key_value_heads), (96, 4));
