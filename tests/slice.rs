@@ -361,8 +361,10 @@ fn the_manifest_reproduces_the_run() {
         command.args(["--threads", "1"]).succeeds();
         let manifest = read_json(&first.join("manifest.json"));
         // The width it came to, not the share that gave it.
-        let slice = json!({ "width": 96, "multiple": 16, "basis": basis });
-        assert_eq!(manifest["recipe"]["slice"], slice);
+        let slice = &manifest["recipe"]["slice"];
+        assert_eq!(slice.get("fraction"), None);
+        assert_eq!((&slice["width"], &slice["multiple"]), (&json!(96), &json!(16)));
+        assert_eq!(slice["basis"], basis);
         assert_eq!(manifest["slice"]["after"]["hidden_size"], 96);
         let recipe = first.join("manifest.json");
         let command = convert(&model(), &again).arg("--recipe").arg(recipe);
@@ -396,7 +398,8 @@ fn flags_replace_the_share_of_a_recipe() {
         let plan = Command::new("plan").arg(model()).arg("--recipe").arg(&recipe);
         plan.args(args.iter().copied()).arg("--json").succeeds().json()["recipe"]["slice"].clone()
     };
-    assert_eq!(slice(&[]), json!({ "width": 72, "multiple": 8, "basis": "block" }));
+    assert_eq!(slice(&[])["width"], 72);
+    assert_eq!(slice(&[])["basis"], "block");
     assert_eq!(slice(&["--slice", "20%"])["width"], 96);
     assert_eq!(slice(&["--slice-width", "100"])["width"], 100);
     assert_eq!(slice(&["--slice-multiple", "1"])["width"], 76);

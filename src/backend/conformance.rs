@@ -3,12 +3,19 @@
 //! Inputs of products are rounded to the backend's product type before both sides see them, so the
 //! tolerances only cover what the backend does with them.
 
+mod dense;
+
 use half::bf16;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use sparsepack_formats::{DType, encoding::IntGrid};
 
 use super::*;
+use dense::{
+    dense_products_follow_the_definition, eigenvalues_over_ten_decades_are_found,
+    eigenvectors_are_orthonormal_and_reconstruct, equal_eigenvalues_have_a_whole_basis,
+    solve_right_divides, solve_right_names_the_pivot, what_has_no_eigenvectors_is_refused,
+};
 
 /// f32 sums of f32 terms: a few units in the last place of the sum of magnitudes.
 const F32_SUM: f64 = 4e-6;
@@ -742,7 +749,16 @@ fn fingerprint<B: Backend>(t: &Instance<B>) -> Vec<u32> {
     .collect();
     let h = t.download(&h);
     bits.extend((0..d).flat_map(|i| h[i * d..][..=i].to_vec()).map(f32::to_bits));
-    let wide = nll.into_iter().chain([form]).map(f64::to_bits);
+    // Large enough for the eigenvectors to be found in parts.
+    let mut symmetric = Dense::new(d, d, &h).unwrap();
+    (0..d).for_each(|i| symmetric.data[i * d..][i + 1..d].fill(0.0));
+    let eigen = b.symmetric_eigen(&symmetric).unwrap();
+    let product = b.dense_product(&eigen.vectors, &symmetric).unwrap();
+    let mut definite = symmetric;
+    definite.add(&Dense::identity(d, d).scaled(tokens as f64));
+    let solved = b.solve_right(&product, &definite).unwrap();
+    let dense = [eigen.values, eigen.vectors.data, product.data, solved.data];
+    let wide = nll.into_iter().chain([form]).chain(dense.into_iter().flatten()).map(f64::to_bits);
     bits.extend(wide.flat_map(|bits| [bits as u32, (bits >> 32) as u32]));
     bits
 }
@@ -923,6 +939,9 @@ macro_rules! every_operation {
             inverse_factor_inverts, zero_lowest_counts_exactly, obs_sweep_follows_algorithm_1,
             quadratic_form_sums_rows, ceiling_is_positive, columns_are_permuted_and_zeros_copied,
             rounding_takes_the_nearest_value, obs_sweep_rounds_and_feeds_errors_on,
+            dense_products_follow_the_definition, eigenvectors_are_orthonormal_and_reconstruct,
+            eigenvalues_over_ten_decades_are_found, equal_eigenvalues_have_a_whole_basis,
+            what_has_no_eigenvectors_is_refused, solve_right_divides, solve_right_names_the_pivot,
         }
     };
 }
