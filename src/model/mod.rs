@@ -27,6 +27,6 @@ pub use gguf::{GgufSummary, gguf_metadata};
 pub use roles::{CapturePoint, Role, Space};
 pub(crate) use row_order::hf_row;
 pub use row_order::{from_gguf_rows, to_gguf_rows};
-pub use sliced::SlicedModel;
+pub use sliced::{SLICED_CODE, SLICED_CODE_FILE, SlicedModel};
 pub use source::{GGUF_ROPE_FACTORS, GgufTensor, LayerNames, ModelSource, ModelTensor, TensorKind};
 pub use tokenizer::{Sidecar, SidecarContent, Tokenizer, sidecars};

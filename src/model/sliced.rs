@@ -11,6 +11,12 @@ use super::source::{ModelSource, TensorKind, expected};
 /// Keys of a configuration that say what an earlier conversion did to the weights.
 const RECORDS: [&str; 2] = ["quantization_config", "sparsepack"];
 
+/// Name of the file beside a model sliced in blocks that tells transformers how to compute it:
+/// `auto_map` of its config.json names the classes in it.
+pub const SLICED_CODE_FILE: &str = "modeling_sliced.py";
+/// What is in that file.
+pub const SLICED_CODE: &str = include_str!("../../python/src/sparsepack/modeling_sliced.py");
+
 /// A model whose residual stream is narrower than that of the model it comes from.
 #[derive(Debug, Clone)]
 pub struct SlicedModel {
@@ -83,6 +89,7 @@ impl SlicedModel {
         }
         let mut json = overlay(source, config.to_hf_json(arch, dtype)?);
         if arch.shortcuts.is_some() {
+            // In `SLICED_CODE_FILE`.
             json["auto_map"] = json!({
                 "AutoConfig": "modeling_sliced.SlicedConfig",
                 "AutoModelForCausalLM": "modeling_sliced.SlicedForCausalLM",

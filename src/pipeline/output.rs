@@ -26,7 +26,7 @@ use super::{
     workers::Workers,
 };
 use crate::{
-    model::{ModelSource, Sidecar, SidecarContent},
+    model::{ModelSource, SLICED_CODE, SLICED_CODE_FILE, Sidecar, SidecarContent},
     recipe::OutputFormat,
 };
 
@@ -158,7 +158,7 @@ fn entries(dir: &Path) -> Vec<PathBuf> {
 }
 
 /// Writes tokenizer, generation config and config.json beside the tensors (but of GGUF, which has
-/// them inside), then the manifest, and
+/// them inside), the code of a model that transformers has no class for, then the manifest, and
 /// removes the journal: from then on the output is finished.
 ///
 /// # Errors
@@ -198,6 +198,9 @@ pub(super) fn complete(
         let mut config = serde_json::to_vec_pretty(&config).map_err(json)?;
         config.push(b'\n');
         OutputFile::write_whole(&out.join("config.json"), &config)?;
+        if source.arch().shortcuts.is_some() {
+            OutputFile::write_whole(&out.join(SLICED_CODE_FILE), SLICED_CODE.as_bytes())?;
+        }
     }
     OutputFile::write_whole(&out.join(MANIFEST), &manifest.to_bytes().map_err(json)?)?;
     OutputFile::sync_directory(out)?;

@@ -94,11 +94,11 @@ def load(
 
 def empty_model(path: Path, dtype: torch.dtype | None) -> Any:
     """The model of ``config.json`` with parameters on the meta device, and buffers computed."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     if not (path / "config.json").is_file():
         raise FormatError(path, "no config.json")
-    config = AutoConfig.from_pretrained(path)
+    config = read_config(path)
     if hasattr(config, "quantization_config"):
         # The reader has looked at it: weights are decoded, and transformers must not try to.
         del config.quantization_config
@@ -106,11 +106,29 @@ def empty_model(path: Path, dtype: torch.dtype | None) -> Any:
     if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
         raise FormatError(path / "config.json", f"dtype is {dtype}; give load the dtype to compute in")
     with meta_parameters():
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+        model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=dtype, trust_remote_code=False
+        )
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
     model.name_or_path = str(path)
     return model
+
+
+def read_config(path: Path) -> Any:
+    """The configuration in ``config.json``. Code that stands beside it is not run: of sliced models we have our own."""
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+    model_type = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
+    if not str(model_type).startswith("sliced_"):
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    from .modeling_sliced import SlicedConfig, SlicedForCausalLM
+
+    AutoModelForCausalLM.register(SlicedConfig, SlicedForCausalLM, exist_ok=True)  # type: ignore[no-untyped-call]
+    try:
+        return SlicedConfig.from_pretrained(path)
+    except ValueError as wrong:
+        raise FormatError(path / "config.json", str(wrong)) from None
 
 
 @contextmanager
