@@ -124,7 +124,7 @@ def read_config(path: Path) -> Any:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     from .modeling_sliced import SlicedConfig, SlicedForCausalLM
 
-    AutoModelForCausalLM.register(SlicedConfig, SlicedForCausalLM, exist_ok=True)  # type: ignore[no-untyped-call]
+    AutoModelForCausalLM.register(SlicedConfig, SlicedForCausalLM, exist_ok=True)
     try:
         return SlicedConfig.from_pretrained(path)
     except ValueError as wrong:

@@ -6,15 +6,16 @@
 
 works where sparsepack is not installed. It needs torch and transformers alone.
 
-What sets such a model apart from the Llama, Mistral, Qwen2 or OPT of hidden size d that it was (SliceGPT, arXiv 2401.15024):
+How such a model differs from the Llama, Mistral, Qwen2 or OPT of hidden size d that it was (SliceGPT, arXiv
+2401.15024):
 
 - ``hidden_size`` is d' < d, the columns that its stream keeps. Heads and MLP have their old sizes.
 - Every norm is an RMS norm, OPT's too. Their epsilon is the old one times d / d', for squares that are summed over d
   columns and divided by d'.
-- ``attn_shortcut`` and ``mlp_shortcut`` take the stream from one basis to the next, before what the attention or the MLP
-  writes is added to it.
-- ``exit_size``, if it is there, is the width after the last block, where the output matrix was not sliced. The epsilon of
-  the last norm is that of the others times ``hidden_size / exit_size``.
+- ``attn_shortcut`` and ``mlp_shortcut`` take the stream from one basis to the next, before what the attention or the
+  MLP writes is added to it.
+- ``exit_size``, if it is there, is the width after the last block, where the output matrix was not sliced. The epsilon
+  of the last norm is that of the others times ``hidden_size / exit_size``.
 """
 
 from __future__ import annotations
@@ -38,8 +39,7 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
-from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 
@@ -109,8 +109,8 @@ class SlicedConfig(PreTrainedConfig):
         if model_type not in FAMILIES:
             raise ValueError(f"model_type is {model_type!r} (expected one of {', '.join(FAMILIES)})")
         family = FAMILIES[model_type]
-        needed = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"]
-        needed += ["max_position_embeddings", family.intermediate_size, family.activation, family.norm_eps]
+        needed = ["vocab_size", "hidden_size", "max_position_embeddings", "num_hidden_layers", "num_attention_heads"]
+        needed += ["num_key_value_heads", "head_dim", family.intermediate_size, family.activation, family.norm_eps]
         needed += ["rope_parameters"] if family.position_offset is None else []
         if missing := [key for key in needed if kwargs.get(key) is None]:
             raise ValueError(f"config.json of a {model_type} model has no {missing[0]}")
@@ -131,7 +131,7 @@ class SlicedConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """As in the base class, which wants one ``model_type`` for a class."""
         config, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
         return cls.from_dict(config, **kwargs)
@@ -154,7 +154,8 @@ class SlicedConfig(PreTrainedConfig):
     @property
     def final_width(self) -> int:
         """Columns of the stream that the last norm and the output matrix read."""
-        return self.exit_size or self.hidden_size
+        width: int = self.exit_size or self.hidden_size
+        return width
 
 
 class SlicedAttention(nn.Module):
@@ -330,7 +331,8 @@ class SlicedForCausalLM(SlicedPreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As in the base class, but a tensor that is not there is an error: it would be random."""
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
         if missing := sorted(info["missing_keys"]):
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise ValueError(
@@ -338,13 +340,13 @@ class SlicedForCausalLM(SlicedPreTrainedModel, GenerationMixin):
             )
         return (model, info) if output_loading_info else model
 
-    def get_decoder(self) -> SlicedModel:
+    def get_decoder(self) -> Any:
         return self.model["decoder"] if self.config.family.decoder else self.model
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> Any:
         return self.get_decoder().embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         self.get_decoder().embed_tokens = value
 
     @can_return_tuple
