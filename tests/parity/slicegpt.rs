@@ -8,7 +8,7 @@ use sparsepack::{
     calibration::{CalibrationSet, Sampling},
     compress::{Basis, Correction},
     eval,
-    model::ModelSource,
+    model::{ModelSource, SLICED_CODE, SLICED_CODE_FILE},
     pipeline::{ConversionPlan, NoProgress, RunOptions, convert},
     recipe::{CalibrationRecipe, OutputRecipe, Recipe, SliceRecipe, WeightDType},
 };
@@ -168,6 +168,35 @@ fn a_model_that_is_turned_and_not_sliced_computes_the_same() {
         let difference = Difference::of(&got, &dense);
         println!("{model} {basis:?}: {difference}");
         assert!(difference.within(1e-4), "{model} {basis:?}: {difference}");
+    }
+}
+
+#[test]
+fn code_for_transformers_stands_beside_models_that_it_has_no_class_for() {
+    let golden = Golden::open("golden/slicegpt.safetensors");
+    let temp = tempfile::tempdir().unwrap();
+    let out = |name: &str| temp.path().join(name);
+    sliced_logits(&golden, "qwen2", slice(24, Basis::Shared, false), &out("shared"));
+    assert!(!out("shared").join(SLICED_CODE_FILE).exists());
+    sliced_logits(&golden, "qwen2", slice(24, Basis::Block, false), &out("block"));
+    let source = ModelSource::open(&out("block")).unwrap();
+    let plan = ConversionPlan::new(&source, &Recipe::default()).unwrap();
+    let options = RunOptions {
+        resume: false,
+        checkpoint_interval: Duration::from_secs(3600),
+        memory_bytes: None,
+    };
+    convert(&source, &plan, None, &out("again"), F32, options, &NoProgress).unwrap();
+    for name in ["block", "again"] {
+        let code = std::fs::read_to_string(out(name).join(SLICED_CODE_FILE)).unwrap();
+        assert_eq!(code, SLICED_CODE, "{name}");
+        let config = std::fs::read(out(name).join("config.json")).unwrap();
+        let config: serde_json::Value = serde_json::from_slice(&config).unwrap();
+        for key in ["AutoConfig", "AutoModelForCausalLM"] {
+            let class = config["auto_map"][key].as_str().unwrap();
+            let class = class.strip_prefix("modeling_sliced.").unwrap();
+            assert!(code.contains(&format!("\nclass {class}(")), "{class}");
+        }
     }
 }
 
