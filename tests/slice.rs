@@ -55,7 +55,7 @@ fn assert_same_tensors(left: &Path, right: &Path) {
         reader.tensors().iter().map(|info| info.name.clone()).collect()
     };
     assert_eq!(names(left.as_ref()), names(right.as_ref()));
-    for info in left.tensors().iter() {
+    for info in left.tensors() {
         let name = info.name.as_str();
         let other = right.tensors().get(name).unwrap();
         assert_eq!((info.encoding, &info.shape), (other.encoding, &other.shape), "{name}");
@@ -446,7 +446,7 @@ fn kill_when(command: Command, out: &Path, arrived: impl Fn() -> bool) {
 
 fn checkpoints(out: &Path) -> usize {
     let journal = fs::read(out.join(".work/journal.jsonl")).unwrap_or_default();
-    journal.iter().filter(|&&byte| byte == b'\n').count()
+    journal.split(|&byte| byte == b'\n').count() - 1
 }
 
 #[test]
@@ -675,7 +675,7 @@ fn the_configuration_is_that_of_the_narrower_model() {
         assert!(source.tensor("lm_head.weight").is_ok());
         for tensor in source.tensors().iter().filter(|tensor| tensor.name.contains("norm")) {
             let gain = source.read_f32(&tensor.name).unwrap();
-            assert!(gain.iter().all(|gain| *gain == 1.0), "{}", tensor.name);
+            assert!(gain.iter().all(|gain| gain.to_bits() == 1f32.to_bits()), "{}", tensor.name);
         }
     }
     let out = dir.join("block");

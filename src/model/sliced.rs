@@ -225,7 +225,9 @@ mod tests {
             assert!((eps / (before.norm_eps * share) - 1.0).abs() < 1e-6, "{name}: {eps}");
             let keys = ["num_attention_heads", "num_key_value_heads", "intermediate_size"];
             let own = |key: &str| source_json(&source)[key].clone();
-            keys.iter().for_each(|key| assert_eq!(sliced.json[*key], own(key), "{name} {key}"));
+            for key in keys {
+                assert_eq!(sliced.json[key], own(key), "{name} {key}");
+            }
         }
     }
 

@@ -183,7 +183,7 @@ fn code_for_transformers_stands_beside_models_that_it_has_no_class_for() {
     let plan = ConversionPlan::new(&source, &Recipe::default()).unwrap();
     let options = RunOptions {
         resume: false,
-        checkpoint_interval: Duration::from_secs(3600),
+        checkpoint_interval: Duration::from_hours(1),
         memory_bytes: None,
     };
     convert(&source, &plan, None, &out("again"), F32, options, &NoProgress).unwrap();
