@@ -37,7 +37,9 @@ shares = [0, 10, 15, 20, 25, 30]
 rates = {(share, test): [] for share in shares for test in ("decode", "prefill")}
 for _ in range(rounds):
     for share in shares:
-        command = [bench, "-m", work / f"{kind}-{share}/model.gguf", "-p", "512", "-n", "128", "-r", "1", "-o", "json"]
+        # Without repacking, which some builds do for instructions that the processor lacks.
+        command = [bench, "--repack", "0", "-m", work / f"{kind}-{share}/model.gguf"]
+        command += ["-p", "512", "-n", "128", "-r", "1", "-o", "json"]
         for test in json.loads(subprocess.run(command, check=True, capture_output=True).stdout):
             rates[share, "decode" if test["n_gen"] else "prefill"].append(test["avg_ts"])
 
