@@ -152,7 +152,13 @@ fn slicing_needs_text_with_enough_tokens() {
 
 #[test]
 fn flags_that_are_about_nothing_are_named() {
-    for flag in [&["--basis", "block"][..], &["--slice-multiple", "32"], &["--slice-head"]] {
+    for flag in [
+        &["--basis", "block"][..],
+        &["--slice-multiple", "32"],
+        &["--slice-head"],
+        &["--slice-correction", "none"],
+        &["--slice-damp", "0.1"],
+    ] {
         let told = format!("{} is about slicing, but no --slice PERCENT is given", flag[0]);
         refused_by(&model(), flag, &[&told]);
     }
@@ -161,6 +167,21 @@ fn flags_that_are_about_nothing_are_named() {
         &["the shared basis always slices the output matrix; --slice-head is about --basis block"],
     );
     refused(&["--slice-width", "96", "--basis", "head"], &["--basis", "shared, block"]);
+    let block = ["--slice-width", "96", "--basis", "block"];
+    refused(
+        &[&block[..], &["--slice-correction", "least-squares"]].concat(),
+        &["weights are fitted in the shared basis only"],
+    );
+    for other in [&block[..], &["--slice-width", "96", "--slice-correction", "none"]] {
+        refused(
+            &[other, &["--slice-damp", "0.1"]].concat(),
+            &["the damping is that of the fit, but sliced weights are not fitted here"],
+        );
+    }
+    for damp in ["0", "-1", "nan", "inf"] {
+        let flag = format!("--slice-damp={damp}");
+        refused(&["--slice-width", "96", &flag], &["(expected a positive number)"]);
+    }
 }
 
 #[test]
@@ -281,7 +302,7 @@ fn too_few_directions_are_an_error_that_leaves_nothing() {
             .args(["--basis", basis, "--samples", "4", "--seq-len", "64", "--calibration"])
             .arg(&text);
         command.fails(2).says(&[
-            "the calibration text has only",
+            "the calibration text spans",
             "fewer than the 96 that are to stay; give more text or a smaller width",
         ]);
         assert!(!out.exists());

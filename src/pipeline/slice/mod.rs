@@ -193,10 +193,11 @@ impl SliceJob<'_> {
         // Reduction to a tridiagonal matrix and back, as LAPACK counts it.
         let flops = 22.0 / 3.0 * (self.slicing.hidden_size as f64).powi(3);
         times.charge(Phase::Eigen, start.elapsed().as_secs_f64(), flops);
-        let (rank, width) = (rotation.rank(), self.slicing.width);
+        let (rank, all) = (rotation.rank(), self.slicing.hidden_size);
+        let width = self.slicing.width;
         if rank < width {
             return Err(contradiction(format!(
-                "the calibration text has only {rank} independent directions, fewer than the {width} \
+                "the calibration text spans {rank} of {all} directions, fewer than the {width} \
                  that are to stay; give more text or a smaller width"
             )));
         }
