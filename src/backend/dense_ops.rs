@@ -88,6 +88,25 @@ impl Dense {
         self.data.iter().step_by(self.cols + 1).copied().collect()
     }
 
+    /// Refuses a matrix that is not square.
+    pub(super) fn expect_square(&self, operation: &'static str) -> Result<()> {
+        if self.rows == self.cols {
+            return Ok(());
+        }
+        let detail = format!("[{}, {}] is not square", self.rows, self.cols);
+        Err(BackendError::Shape { operation, detail })
+    }
+
+    /// Refuses `self · other` where the shapes do not fit.
+    pub(super) fn expect_product(&self, operation: &'static str, other: &Self) -> Result<()> {
+        if self.cols == other.rows {
+            return Ok(());
+        }
+        let detail =
+            format!("[{}, {}] by [{}, {}]", self.rows, self.cols, other.rows, other.cols);
+        Err(BackendError::Shape { operation, detail })
+    }
+
     /// Rounded to single precision.
     pub fn to_f32(&self) -> Vec<f32> {
         self.data.iter().map(|&value| value as f32).collect()
@@ -102,6 +121,25 @@ pub struct Eigen {
     /// `[n, n]`: column `j` is the unit vector of `values[j]`, with the sign that makes its component
     /// of largest magnitude positive (of equal ones, the first).
     pub vectors: Dense,
+}
+
+impl Eigen {
+    /// From eigenvalues in ascending order and their unit vectors of either sign, one after the other.
+    pub(super) fn from_ascending(values: &[f64], vectors: &[f64]) -> Self {
+        let n = values.len();
+        let mut out = Self { values: Vec::with_capacity(n), vectors: Dense::zeros(n, n) };
+        for (j, vector) in vectors.chunks_exact(n.max(1)).rev().enumerate() {
+            out.values.push(values[n - 1 - j]);
+            let largest = vector
+                .iter()
+                .fold(0.0, |kept: f64, &v| if v.abs() > kept.abs() { v } else { kept });
+            let sign = if largest < 0.0 { -1.0 } else { 1.0 };
+            for (i, &value) in vector.iter().enumerate() {
+                out.vectors.data[i * n + j] = sign * value;
+            }
+        }
+        out
+    }
 }
 
 /// Algebra of small matrices in f64.

@@ -36,6 +36,54 @@ pub enum BackendError {
         /// Rows of the matrix.
         size: usize,
     },
+    /// There is no such CUDA device.
+    #[error("no CUDA device {wanted}: {reason}")]
+    NoDevice {
+        /// The device asked for.
+        wanted: usize,
+        /// Why it is not there.
+        reason: String,
+    },
+    /// A library of NVIDIA's is missing.
+    #[error("{library}, which {purpose}, is not to be found; install the CUDA runtime libraries, 12 or 13, or put their folder into LD_LIBRARY_PATH")]
+    MissingLibrary {
+        /// Its name.
+        library: &'static str,
+        /// What it is needed for.
+        purpose: &'static str,
+    },
+    /// The device has too little memory.
+    #[error("{device} has no {wanted} bytes for {operation}: {free} of {total} bytes are free")]
+    OutOfMemory {
+        /// The device.
+        device: String,
+        /// What the memory is for.
+        operation: &'static str,
+        /// Bytes asked for.
+        wanted: usize,
+        /// Bytes that nothing uses.
+        free: usize,
+        /// Bytes of the device.
+        total: usize,
+    },
+    /// The kernels cannot be compiled for the device.
+    #[error("{file} cannot be compiled for this device: {log}")]
+    Kernels {
+        /// The file of kernels.
+        file: &'static str,
+        /// What the compiler says.
+        log: String,
+    },
+    /// The device failed.
+    #[error("{device}: {operation}: {error}")]
+    Device {
+        /// The device.
+        device: String,
+        /// What it was doing; an error of an earlier operation can come to light here.
+        operation: &'static str,
+        /// What the driver or a library says.
+        error: String,
+    },
     /// Shapes that do not go together: a defect of the caller.
     #[error("{operation}: shapes do not fit: {detail}")]
     Shape {
@@ -44,4 +92,9 @@ pub enum BackendError {
         /// The shapes.
         detail: String,
     },
+}
+
+/// A defect of the caller.
+pub(super) fn shape_error(operation: &'static str, detail: impl Into<String>) -> BackendError {
+    BackendError::Shape { operation, detail: detail.into() }
 }

@@ -123,6 +123,26 @@ pub enum Scales {
     Blocks(Vec<BlockScales>),
 }
 
+#[cfg(feature = "cuda")]
+impl Scales {
+    /// Scale, zero point and minimum of every group of columns with the same scale, `[rows, groups]`
+    /// each.
+    pub(super) fn by_group(&self, grid: Grid) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
+        match (self, grid) {
+            (Self::Blocks(blocks), Grid::Block { grid, .. }) => {
+                let groups = blocks.iter().flat_map(|b| (0..grid.groups()).map(|g| b.group(g)));
+                let (scales, mins): (Vec<f32>, Vec<f32>) = groups.unzip();
+                (scales, vec![0.0; mins.len()], mins)
+            }
+            (Self::Groups { scales, zero_points }, _) => {
+                let points = zero_points.iter().map(|point| f32::from(*point)).collect();
+                (scales.clone(), points, vec![0.0; scales.len()])
+            }
+            (Self::Blocks(_), _) => (Vec::new(), Vec::new(), Vec::new()),
+        }
+    }
+}
+
 /// A matrix that is being rounded: the grid, and codes and scales as far as they are known.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rounding {
@@ -170,6 +190,25 @@ impl Rounding {
     /// The weights that are swept have the matrix's columns in this order.
     pub fn set_order(&mut self, order: Vec<usize>) {
         self.order = Some(order);
+    }
+
+    /// The matrix's column that stands at each position of the weights being swept, where that is not the
+    /// position itself.
+    #[cfg(feature = "cuda")]
+    pub(super) fn order(&self) -> Option<&[usize]> {
+        self.order.as_deref()
+    }
+
+    /// Sets the codes of some positions of the weights being swept: `[rows, positions.len()]`.
+    #[cfg(feature = "cuda")]
+    pub(super) fn set_codes(&mut self, positions: &std::ops::Range<usize>, codes: &[i8]) {
+        let order = self.order.as_deref();
+        let rows = self.codes.chunks_exact_mut(self.cols.max(1));
+        for (row, codes) in rows.zip(codes.chunks_exact(positions.len().max(1))) {
+            for (at, code) in positions.clone().zip(codes) {
+                row[order.map_or(at, |order| order[at])] = *code;
+            }
+        }
     }
 
     /// Whether scales are chosen when a sweep reaches a group.

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Result, Storage, grid::Rounding};
+use super::{Result, Storage, error::shape_error, grid::Rounding};
 
 /// Which scores are the lowest: the unit within which weights compete.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,12 +57,60 @@ impl<M> Clone for SweepRule<'_, M> {
 impl<M> Copy for SweepRule<'_, M> {}
 
 impl<M> SweepRule<'_, M> {
+    /// The rule with the zeros of another matrix, perhaps of another backend, where it copies zeros.
+    /// Without one, none are copied.
+    pub(super) fn with_zeros_of<N>(self, matrix: Option<&N>) -> SweepRule<'_, N> {
+        match (self, matrix) {
+            (Self::ZerosOf(_), Some(matrix)) => SweepRule::ZerosOf(matrix),
+            (Self::ZerosOf(_), None) | (Self::Nothing, _) => SweepRule::Nothing,
+            (Self::Lowest { zeros }, _) => SweepRule::Lowest { zeros },
+            (Self::Group { zeros, m }, _) => SweepRule::Group { zeros, m },
+        }
+    }
+
     /// Zeros of a group and its columns, where the rule is about groups.
     pub fn group(self) -> Option<(usize, usize)> {
         match self {
             Self::Group { zeros, m } => Some((zeros, m)),
             _ => None,
         }
+    }
+}
+
+/// Refuses a column block of a `rows × cols` matrix that a rule's groups do not divide, and a rounding of
+/// another matrix or of groups that the column block cuts.
+pub(super) fn check_sweep<M>(
+    (rows, cols): (usize, usize),
+    columns: &Range<usize>,
+    rule: SweepRule<'_, M>,
+    rounding: Option<&Rounding>,
+) -> Result<()> {
+    let refuse = |detail: String| Err(shape_error("obs_sweep", detail));
+    let width = columns.len();
+    if columns.end > cols {
+        return refuse(format!("columns {columns:?} of {cols}"));
+    }
+    if let Some((_, m)) = rule.group()
+        && (m == 0 || !width.is_multiple_of(m))
+    {
+        return refuse(format!("groups of {m} in {width} columns"));
+    }
+    let Some(rounding) = rounding else { return Ok(()) };
+    if rounding.cols() != cols || rounding.codes.len() != rows * cols {
+        return refuse(format!("codes of another matrix than {rows} × {cols}"));
+    }
+    if !rounding.chooses() {
+        return Ok(());
+    }
+    let (span, group) = (rounding.grid().span(cols), rounding.grid().group(cols));
+    if !columns.start.is_multiple_of(span) || !width.is_multiple_of(span) {
+        return refuse(format!("groups of {span} in columns {columns:?}"));
+    }
+    match rule.group() {
+        Some((_, m)) if !group.is_multiple_of(m) => {
+            refuse(format!("groups of {m} in groups of {group}"))
+        }
+        _ => Ok(()),
     }
 }
 

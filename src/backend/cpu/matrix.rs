@@ -6,6 +6,7 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::{Cpu, CpuWeight, Products, buffers, linear, simd};
+pub(super) use crate::backend::error::shape_error;
 use crate::backend::{BackendError, HostData, HostMatrix, Result, Storage};
 
 /// Rows of a strip in element-wise operations.
@@ -103,11 +104,6 @@ impl Drop for CpuMatrix {
     fn drop(&mut self) {
         buffers::put_data(std::mem::replace(&mut self.data, HostData::F32(Vec::new())));
     }
-}
-
-/// A defect of the caller.
-pub(super) fn shape_error(operation: &'static str, detail: impl Into<String>) -> BackendError {
-    BackendError::Shape { operation, detail: detail.into() }
 }
 
 /// Values per chunk of `rows` rows, never 0.

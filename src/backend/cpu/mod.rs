@@ -105,6 +105,20 @@ impl Cpu {
         Ok(Self { pool, products })
     }
 
+    /// Sweeps a column block that is given alone, as [`obs_sweep`](SolveOps::obs_sweep) does inside a
+    /// matrix; see [`sweep::sweep_block`].
+    #[cfg(feature = "cuda")]
+    pub(super) fn sweep_block(
+        &self,
+        work: &mut [f32],
+        u: Vec<f32>,
+        columns: Range<usize>,
+        rule: SweepRule<'_, CpuMatrix>,
+        rounding: Option<&mut Rounding>,
+    ) -> Result<Vec<f32>> {
+        self.scope(|| sweep::sweep_block(work, u, columns, rule, rounding))
+    }
+
     /// Runs `work` inside the thread pool, so that the operations it calls use these threads.
     pub fn scope<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
         self.pool.install(work)

@@ -13,7 +13,7 @@ use super::matrix::{shape_error, strip_len};
 use super::rounding::Rounder;
 use super::select::{self, Lowest};
 use super::simd::vectorised;
-use crate::backend::{Result, Rounding, SweepRule};
+use crate::backend::{Result, Rounding, SweepRule, solve_ops};
 
 /// Rows of a strip: their part of a column block of 128 columns is 32 KiB.
 pub(super) const SWEEP_STRIP: usize = 64;
@@ -31,17 +31,11 @@ struct Block {
 }
 
 impl Block {
-    fn new(u: &[f32], cols: usize, columns: Range<usize>) -> Self {
-        let width = columns.len();
-        let rows = columns.clone().map(|j| &u[j * cols..][columns.clone()]);
-        let diagonal: Vec<f32> = columns.clone().map(|j| u[j * cols + j]).collect();
-        Self {
-            u: rows.flatten().copied().collect(),
-            cost: diagonal.iter().map(|u| 1.0 / (u * u)).collect(),
-            diagonal,
-            first: columns.start,
-            width,
-        }
+    /// From the factor's part `[width, width]` in the columns from `first` on.
+    fn new(u: Vec<f32>, first: usize, width: usize) -> Self {
+        let diagonal: Vec<f32> = u.iter().step_by(width + 1).copied().collect();
+        let cost = diagonal.iter().map(|u| 1.0 / (u * u)).collect();
+        Self { u, cost, diagonal, first, width }
     }
 
     /// Row `j` right of the diagonal.
@@ -69,48 +63,63 @@ pub(super) fn obs_sweep(
     const OPERATION: &str = "obs_sweep";
     let (rows, cols, width) = (w.rows, w.cols, columns.len());
     u.expect_shape(OPERATION, cols, cols)?;
-    if columns.end > cols {
-        return Err(shape_error(OPERATION, format!("columns {columns:?} of {cols}")));
-    }
-    if let SweepRule::Group { m, .. } = rule
-        && (m == 0 || !width.is_multiple_of(m))
-    {
-        return Err(shape_error(OPERATION, format!("groups of {m} in {width} columns")));
-    }
-    if let Some(rounding) = &rounding {
-        check_rounding(OPERATION, rounding, (rows, cols), &columns)?;
-        let group = rounding.grid().group(cols);
-        if let Some((_, m)) = rule.group()
-            && rounding.chooses()
-            && !group.is_multiple_of(m)
-        {
-            return Err(shape_error(OPERATION, format!("groups of {m} in groups of {group}")));
-        }
-    }
-    let u = u.f32s(OPERATION)?;
-    let block = Block::new(u, cols, columns.clone());
-    let w = w.f32s_mut(OPERATION)?;
-    // A compact copy of the block becomes the errors in place: column j is final once swept.
-    let mut work = vec![0.0; rows * width];
-    if width == 0 {
-        return Ok(CpuMatrix::from_f32(rows, width, work));
-    }
-    work.par_chunks_exact_mut(width).zip(w.par_chunks_exact(cols)).for_each(|(work, w)| {
-        work.copy_from_slice(&w[columns.clone()]);
-    });
-    let mut zero = vec![false; rows * width];
-    match rule {
-        SweepRule::Lowest { zeros } => {
-            let lowest = Lowest::find(&work, width, zeros, |w, j| block.score(w, j));
-            lowest.mark(&work, &mut zero, width, |w, j| block.score(w, j));
-        }
+    solve_ops::check_sweep((rows, cols), &columns, rule, rounding.as_deref())?;
+    let marked = match rule {
         SweepRule::ZerosOf(pruned) => {
             pruned.expect_shape(OPERATION, rows, cols)?;
-            let pruned = pruned.f32s(OPERATION)?.chunks_exact(cols);
-            for (zero, pruned) in zero.chunks_exact_mut(width).zip(pruned) {
-                let pruned = pruned[columns.clone()].iter();
-                zero.iter_mut().zip(pruned).for_each(|(zero, w)| *zero = *w == 0.0);
-            }
+            Some(CpuMatrix::from_f32(rows, width, part(pruned.f32s(OPERATION)?, cols, &columns)))
+        }
+        _ => None,
+    };
+    let rule = rule.with_zeros_of(marked.as_ref());
+    let within = &u.f32s(OPERATION)?[columns.start * cols..columns.end * cols];
+    let within = part(within, cols, &columns);
+    let w = w.f32s_mut(OPERATION)?;
+    let mut swept = part(w, cols, &columns);
+    let errors = sweep_block(&mut swept, within, columns.clone(), rule, rounding)?;
+    if width > 0 {
+        w.par_chunks_exact_mut(cols).zip(swept.par_chunks_exact(width)).for_each(|(w, swept)| {
+            w[columns.clone()].copy_from_slice(swept);
+        });
+    }
+    Ok(CpuMatrix::from_f32(rows, width, errors))
+}
+
+/// Some columns of a matrix.
+fn part(values: &[f32], cols: usize, columns: &Range<usize>) -> Vec<f32> {
+    let mut part = vec![0.0; values.len() / cols.max(1) * columns.len()];
+    if !part.is_empty() {
+        let rows = part.par_chunks_exact_mut(columns.len()).zip(values.par_chunks_exact(cols));
+        rows.for_each(|(to, from)| to.copy_from_slice(&from[columns.clone()]));
+    }
+    part
+}
+
+/// Sweeps columns `columns` of a matrix, all checked, given alone: `work: [rows, width]`, which become the new
+/// weights, and the factor's part `u: [width, width]`. Zeros to copy are given for these columns alone as
+/// well. Returns the errors, `[rows, width]`.
+pub(super) fn sweep_block(
+    work: &mut [f32],
+    u: Vec<f32>,
+    columns: Range<usize>,
+    rule: SweepRule<'_, CpuMatrix>,
+    rounding: Option<&mut Rounding>,
+) -> Result<Vec<f32>> {
+    let width = columns.len();
+    let mut all_errors = vec![0.0; work.len()];
+    if width == 0 {
+        return Ok(all_errors);
+    }
+    let block = Block::new(u, columns.start, width);
+    let mut zero = vec![false; work.len()];
+    match rule {
+        SweepRule::Lowest { zeros } => {
+            let lowest = Lowest::find(work, width, zeros, |w, j| block.score(w, j));
+            lowest.mark(work, &mut zero, width, |w, j| block.score(w, j));
+        }
+        SweepRule::ZerosOf(pruned) => {
+            let pruned = pruned.f32s("obs_sweep")?;
+            zero.iter_mut().zip(pruned).for_each(|(zero, w)| *zero = *w == 0.0);
         }
         SweepRule::Group { .. } | SweepRule::Nothing => {}
     }
@@ -125,43 +134,22 @@ pub(super) fn obs_sweep(
     };
     work.par_chunks_mut(strip)
         .zip(zero.par_chunks(strip))
-        .zip(w.par_chunks_mut(strip_len(SWEEP_STRIP, cols)))
+        .zip(all_errors.par_chunks_mut(strip))
         .zip(rounders)
-        .for_each(|(((work, zero), w), rounder)| {
+        .for_each(|(((work, zero), all_errors), rounder)| {
             let mut swept = transposed(work, width);
             let mut zero = transposed(zero, width);
             let mut errors = vec![0.0; swept.len()];
             sweep_strip(&block, rule.group(), rounder, &mut swept, &mut errors, &mut zero);
             let rows = work.len() / width;
-            let lanes = work.chunks_exact_mut(width).zip(w.chunks_exact_mut(cols)).enumerate();
-            for (lane, (work, w)) in lanes {
-                for (j, (err, w)) in work.iter_mut().zip(&mut w[columns.clone()]).enumerate() {
+            let lanes = work.chunks_exact_mut(width).zip(all_errors.chunks_exact_mut(width));
+            for (lane, (work, err)) in lanes.enumerate() {
+                for (j, (w, err)) in work.iter_mut().zip(err).enumerate() {
                     (*err, *w) = (errors[j * rows + lane], swept[j * rows + lane]);
                 }
             }
         });
-    Ok(CpuMatrix::from_f32(rows, width, work))
-}
-
-/// Refuses a rounding of another matrix, or of groups that the column block cuts.
-fn check_rounding(
-    operation: &'static str,
-    rounding: &Rounding,
-    (rows, cols): (usize, usize),
-    columns: &Range<usize>,
-) -> Result<()> {
-    let span = rounding.grid().span(cols);
-    if rounding.cols() != cols || rounding.codes.len() != rows * cols {
-        return Err(shape_error(
-            operation,
-            format!("codes of another matrix than {rows} × {cols}"),
-        ));
-    }
-    let whole = columns.start.is_multiple_of(span) && columns.len().is_multiple_of(span);
-    if rounding.chooses() && !whole {
-        return Err(shape_error(operation, format!("groups of {span} in columns {columns:?}")));
-    }
-    Ok(())
+    Ok(all_errors)
 }
 
 /// The transpose of some rows of `width` columns.

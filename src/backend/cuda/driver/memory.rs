@@ -1,0 +1,119 @@
+//! Device memory and copies of it.
+
+use cudarc::driver::{CudaSlice, DeviceRepr, DriverError, ValidAsZeroBits, sys::CUresult};
+
+use super::{Gpu, failure, trim};
+use crate::backend::{BackendError, Result};
+
+/// Values in device memory.
+pub(in super::super) type Memory<T> = CudaSlice<T>;
+
+/// What may lie in device memory and has no invalid bits.
+pub(in super::super) trait Bytes: DeviceRepr + ValidAsZeroBits + Copy + Default {}
+impl<T: DeviceRepr + ValidAsZeroBits + Copy + Default> Bytes for T {}
+
+impl Gpu {
+    /// Memory that nothing has been written to.
+    pub(in super::super) fn allocate<T: Bytes>(
+        &self,
+        len: usize,
+        operation: &'static str,
+    ) -> Result<Memory<T>> {
+        // SAFETY: `T` has no invalid bits, and kernels write before they read.
+        let attempt = || unsafe { self.stream.alloc::<T>(len.max(1)) };
+        let out_of_memory = |error: &DriverError| error.0 == CUresult::CUDA_ERROR_OUT_OF_MEMORY;
+        match attempt() {
+            Err(error) if out_of_memory(&error) => {
+                // What the pool keeps may be in pieces that are too small.
+                self.finish(operation)?;
+                trim(&self.context).map_err(self.failed(operation))?;
+                attempt().map_err(|error| match error.0 {
+                    CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                        self.out_of_memory(operation, len * size_of::<T>())
+                    }
+                    _ => failure(self.describe(), operation, &error),
+                })
+            }
+            other => other.map_err(self.failed(operation)),
+        }
+    }
+
+    fn out_of_memory(&self, operation: &'static str, wanted: usize) -> BackendError {
+        let (free, total) = self.context.mem_get_info().unwrap_or((0, 0));
+        BackendError::OutOfMemory { device: self.describe(), operation, wanted, free, total }
+    }
+
+    /// Free and total bytes of device memory; what is freed but kept counts as free.
+    pub(in super::super) fn memory(&self) -> Result<(usize, usize)> {
+        self.finish("memory")?;
+        trim(&self.context).map_err(self.failed("memory"))?;
+        self.context.mem_get_info().map_err(self.failed("memory"))
+    }
+
+    /// Zeros.
+    pub(in super::super) fn zeros<T: Bytes>(
+        &self,
+        len: usize,
+        operation: &'static str,
+    ) -> Result<Memory<T>> {
+        let mut memory = self.allocate(len, operation)?;
+        self.stream.memset_zeros(&mut memory).map_err(self.failed(operation))?;
+        Ok(memory)
+    }
+
+    /// Copies values to the device.
+    pub(in super::super) fn upload<T: Bytes>(
+        &self,
+        values: &[T],
+        operation: &'static str,
+    ) -> Result<Memory<T>> {
+        let mut memory = self.allocate(values.len(), operation)?;
+        if !values.is_empty() {
+            self.stream.memcpy_htod(values, &mut memory).map_err(self.failed(operation))?;
+        }
+        Ok(memory)
+    }
+
+    /// Copies the first `len` values from the device, after all that was begun.
+    pub(in super::super) fn download<T: Bytes>(
+        &self,
+        memory: &Memory<T>,
+        len: usize,
+        operation: &'static str,
+    ) -> Result<Vec<T>> {
+        let mut values = vec![T::default(); len];
+        if len > 0 {
+            let view = memory.slice(..len);
+            self.stream.memcpy_dtoh(&view, &mut values).map_err(self.failed(operation))?;
+        }
+        self.finish(operation)?;
+        Ok(values)
+    }
+
+    /// A copy on the device.
+    pub(in super::super) fn duplicate<T: Bytes>(
+        &self,
+        from: &Memory<T>,
+        operation: &'static str,
+    ) -> Result<Memory<T>> {
+        let mut to = self.allocate(from.len(), operation)?;
+        self.stream.memcpy_dtod(from, &mut to).map_err(self.failed(operation))?;
+        Ok(to)
+    }
+
+    /// Copies `from` to the place `at` of `to`.
+    pub(in super::super) fn copy_into<T: Bytes>(
+        &self,
+        to: &mut Memory<T>,
+        at: usize,
+        from: &Memory<T>,
+        len: usize,
+        operation: &'static str,
+    ) -> Result<()> {
+        if len == 0 {
+            return Ok(());
+        }
+        let mut to = to.slice_mut(at..at + len);
+        self.stream.memcpy_dtod(&from.slice(..len), &mut to).map_err(self.failed(operation))
+    }
+}

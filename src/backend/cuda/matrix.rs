@@ -1,0 +1,238 @@
+//! Matrices in device memory.
+
+use half::bf16;
+
+use super::{
+    Cuda, Products,
+    driver::{Arg, Geometry, KernelFile, Memory},
+};
+pub(super) use crate::backend::error::shape_error;
+use crate::backend::{HostData, HostMatrix, Result, Storage};
+
+/// Threads of a block of the element-wise kernels.
+pub(super) const THREADS: usize = 256;
+/// Blocks in y of kernels that step over rows.
+pub(super) const ROW_BLOCKS: usize = 4096;
+
+/// A row-major matrix of f32, or of bf16 where it only feeds products.
+#[derive(Debug)]
+pub struct CudaMatrix {
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+    pub(super) values: Values,
+}
+
+/// Values of a matrix; at least one, so that there is memory to point to.
+#[derive(Debug)]
+pub(super) enum Values {
+    F32(Memory<f32>),
+    Bf16(Memory<bf16>),
+}
+
+/// One or several stacked weights `[out, in]`, in the type of products.
+#[derive(Debug)]
+pub struct CudaWeight(pub(super) CudaMatrix);
+
+impl CudaMatrix {
+    pub(super) fn f32(rows: usize, cols: usize, values: Memory<f32>) -> Self {
+        Self { rows, cols, values: Values::F32(values) }
+    }
+
+    pub(super) fn bf16(rows: usize, cols: usize, values: Memory<bf16>) -> Self {
+        Self { rows, cols, values: Values::Bf16(values) }
+    }
+
+    /// Number of values.
+    pub(super) fn len(&self) -> usize {
+        self.rows * self.cols
+    }
+
+    /// The f32 values of an operand that is never bf16.
+    pub(super) fn f32s(&self, operation: &'static str) -> Result<&Memory<f32>> {
+        match &self.values {
+            Values::F32(values) => Ok(values),
+            Values::Bf16(_) => Err(shape_error(operation, "a bf16 operand")),
+        }
+    }
+
+    /// The f32 values of an operand that is never bf16, to change.
+    pub(super) fn f32s_mut(&mut self, operation: &'static str) -> Result<&mut Memory<f32>> {
+        match &mut self.values {
+            Values::F32(values) => Ok(values),
+            Values::Bf16(_) => Err(shape_error(operation, "a bf16 operand")),
+        }
+    }
+
+    pub(super) fn expect_shape(
+        &self,
+        operation: &'static str,
+        rows: usize,
+        cols: usize,
+    ) -> Result<()> {
+        if (self.rows, self.cols) == (rows, cols) {
+            return Ok(());
+        }
+        let Self { rows: got_rows, cols: got_cols, .. } = self;
+        Err(shape_error(operation, format!("[{got_rows}, {got_cols}] instead of [{rows}, {cols}]")))
+    }
+}
+
+/// A thread for each of `count` values.
+pub(super) fn each(count: usize) -> Geometry {
+    Geometry { blocks: [count.div_ceil(THREADS), 1, 1], threads: THREADS as u32, shared: 0 }
+}
+
+/// A thread for each of `cols` columns; blocks in y step over `rows` rows.
+pub(super) fn by_column(rows: usize, cols: usize) -> Geometry {
+    let threads = cols.next_multiple_of(32).clamp(32, THREADS);
+    Geometry {
+        blocks: [cols.div_ceil(threads), rows.min(ROW_BLOCKS), 1],
+        threads: threads as u32,
+        shared: 0,
+    }
+}
+
+/// The values of a matrix as one type, converted where they are another.
+pub(super) enum As<'a, T> {
+    Own(&'a Memory<T>),
+    Converted(Memory<T>),
+}
+
+impl<T> As<'_, T> {
+    pub(super) fn memory(&self) -> &Memory<T> {
+        match self {
+            Self::Own(memory) => memory,
+            Self::Converted(memory) => memory,
+        }
+    }
+}
+
+impl Cuda {
+    /// The values as f32.
+    pub(super) fn widened<'a>(&self, matrix: &'a CudaMatrix) -> Result<As<'a, f32>> {
+        const OPERATION: &str = "widen";
+        match &matrix.values {
+            Values::F32(values) => Ok(As::Own(values)),
+            Values::Bf16(values) => {
+                let mut wide = self.gpu.allocate(matrix.len(), OPERATION)?;
+                let args = [values.into(), (&mut wide).into(), (matrix.len() as u64).into()];
+                self.gpu.launch(KernelFile::Elementwise, OPERATION, each(matrix.len()), &args)?;
+                Ok(As::Converted(wide))
+            }
+        }
+    }
+
+    /// The values as bf16.
+    pub(super) fn narrowed<'a>(&self, matrix: &'a CudaMatrix) -> Result<As<'a, bf16>> {
+        const OPERATION: &str = "narrow";
+        match &matrix.values {
+            Values::Bf16(values) => Ok(As::Own(values)),
+            Values::F32(values) => {
+                let mut narrow = self.gpu.allocate(matrix.len(), OPERATION)?;
+                let args = [values.into(), (&mut narrow).into(), (matrix.len() as u64).into()];
+                self.gpu.launch(KernelFile::Elementwise, OPERATION, each(matrix.len()), &args)?;
+                Ok(As::Converted(narrow))
+            }
+        }
+    }
+
+    /// Memory for a matrix that feeds products, and the name of the kernel that fills it.
+    pub(super) fn product_operand(
+        &self,
+        operation: &'static str,
+        rows: usize,
+        cols: usize,
+    ) -> Result<CudaMatrix> {
+        Ok(match self.products {
+            Products::F32 => CudaMatrix::f32(rows, cols, self.gpu.allocate(rows * cols, operation)?),
+            Products::Bf16 => {
+                CudaMatrix::bf16(rows, cols, self.gpu.allocate(rows * cols, operation)?)
+            }
+        })
+    }
+}
+
+impl<'a> From<&'a mut Values> for Arg<'a> {
+    fn from(values: &'a mut Values) -> Self {
+        match values {
+            Values::F32(values) => values.into(),
+            Values::Bf16(values) => values.into(),
+        }
+    }
+}
+
+impl<'a> From<&'a Values> for Arg<'a> {
+    fn from(values: &'a Values) -> Self {
+        match values {
+            Values::F32(values) => values.into(),
+            Values::Bf16(values) => values.into(),
+        }
+    }
+}
+
+impl Storage for Cuda {
+    type Matrix = CudaMatrix;
+    type Weight = CudaWeight;
+
+    fn describe(&self) -> String {
+        format!("{}, {}", self.gpu.describe(), self.products)
+    }
+
+    fn upload(&self, data: &[f32], rows: usize, cols: usize) -> Result<CudaMatrix> {
+        const OPERATION: &str = "upload";
+        if data.len() != rows * cols {
+            let detail = format!("{} values for [{rows}, {cols}]", data.len());
+            return Err(shape_error(OPERATION, detail));
+        }
+        Ok(CudaMatrix::f32(rows, cols, self.gpu.upload(data, OPERATION)?))
+    }
+
+    fn download(&self, matrix: &CudaMatrix) -> Result<Vec<f32>> {
+        let values = self.widened(matrix)?;
+        self.gpu.download(values.memory(), matrix.len(), "download")
+    }
+
+    fn zeros(&self, rows: usize, cols: usize) -> Result<CudaMatrix> {
+        Ok(CudaMatrix::f32(rows, cols, self.gpu.zeros(rows * cols, "zeros")?))
+    }
+
+    fn duplicate(&self, matrix: &CudaMatrix) -> Result<CudaMatrix> {
+        const OPERATION: &str = "duplicate";
+        let values = match &matrix.values {
+            Values::F32(values) => Values::F32(self.gpu.duplicate(values, OPERATION)?),
+            Values::Bf16(values) => Values::Bf16(self.gpu.duplicate(values, OPERATION)?),
+        };
+        Ok(CudaMatrix { values, ..*matrix })
+    }
+
+    fn shape(&self, matrix: &CudaMatrix) -> (usize, usize) {
+        (matrix.rows, matrix.cols)
+    }
+
+    fn offload(&self, matrix: CudaMatrix) -> Result<HostMatrix> {
+        const OPERATION: &str = "offload";
+        let (rows, cols) = (matrix.rows, matrix.cols);
+        let data = match &matrix.values {
+            Values::F32(values) => {
+                HostData::F32(self.gpu.download(values, matrix.len(), OPERATION)?)
+            }
+            Values::Bf16(values) => {
+                HostData::Bf16(self.gpu.download(values, matrix.len(), OPERATION)?)
+            }
+        };
+        Ok(HostMatrix { rows, cols, data })
+    }
+
+    fn onload(&self, HostMatrix { rows, cols, data }: HostMatrix) -> Result<CudaMatrix> {
+        const OPERATION: &str = "onload";
+        let values = match &data {
+            HostData::F32(values) => Values::F32(self.gpu.upload(values, OPERATION)?),
+            HostData::Bf16(values) => Values::Bf16(self.gpu.upload(values, OPERATION)?),
+        };
+        Ok(CudaMatrix { rows, cols, values })
+    }
+
+    fn measure_gemm_ceiling(&self) -> Result<f64> {
+        super::linear::measure_ceiling(self)
+    }
+}
