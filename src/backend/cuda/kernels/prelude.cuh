@@ -1,8 +1,8 @@
 // What every kernel file builds on: types, bf16, reductions, tensor-core products. No toolkit header.
 //
-// Stands before each kernel file when it is compiled. Three things depend on what a kernel runs on, and
-// are named here so that the kernels need not know: KERNEL, DYNAMIC_SHARED and mma_bf16. On a GPU they
-// are what follows; tests/software_gpu has its own, which run on the CPU.
+// Stands before each kernel file when it is compiled. What depends on the device a kernel runs on is
+// named here so that the kernels need not know. On a GPU it is what follows; tests/software_gpu has its
+// own KERNEL, DYNAMIC_SHARED and mma_bf16, which run on the CPU, and takes plain C++ for the rest.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -29,6 +29,31 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], const u32 (&a)[4], const
         "{%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Copies 16 bytes to shared memory, or zeros where `from` is not `there` (it is not read then). Both
+// addresses are multiples of 16. The copy has happened for this thread after wait_for_copies, and for
+// the others after a barrier behind that.
+__device__ __forceinline__ void start_copy_16(void* shared, const void* from, bool there) {
+    const u32 to = (u32)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0)
+                 : "memory");
+}
+
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// 2^x, relative error below 3e-7; 0 where the result is below 2^-126.
+__device__ __forceinline__ float exp2_flush(float x) {
+    float out;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+    return out;
+}
+
+// Two values rounded to bf16, to nearest even, the first in the lower half.
+__device__ __forceinline__ u32 narrow_pair(float low, float high) {
+    u32 out;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+    return out;
 }
 
 #endif
@@ -63,6 +88,35 @@ __device__ __forceinline__ float load(const bf16* from) { return widen(*from); }
 __device__ __forceinline__ void store(float* to, float value) { *to = value; }
 __device__ __forceinline__ void store(bf16* to, float value) { *to = narrow(value); }
 
+// N values that are read or written at once: an address that is a multiple of their size.
+template <u32 N, typename T>
+struct alignas(N * sizeof(T)) Pack {
+    T at[N];
+};
+
+template <u32 N, typename T>
+__device__ __forceinline__ Pack<N, float> load_pack(const T* from) {
+    const Pack<N, T> raw = *reinterpret_cast<const Pack<N, T>*>(from);
+    Pack<N, float> out;
+#pragma unroll
+    for (u32 i = 0; i < N; ++i) out.at[i] = load(raw.at + i);
+    return out;
+}
+
+template <u32 N, typename T>
+__device__ __forceinline__ void store_pack(T* to, const Pack<N, float>& values) {
+    Pack<N, T> raw;
+#pragma unroll
+    for (u32 i = 0; i < N; ++i) store(raw.at + i, values.at[i]);
+    *reinterpret_cast<Pack<N, T>*>(to) = raw;
+}
+
+// Whether packs of N values can be read or written at multiples of N from here.
+template <u32 N, typename T>
+__device__ __forceinline__ bool in_packs(const T* from) {
+    return (u64)from % (N * sizeof(T)) == 0;
+}
+
 // The sum over the lanes of a warp, in every lane.
 template <typename T>
 __device__ __forceinline__ T warp_sum(T value) {
@@ -90,3 +144,32 @@ __device__ __forceinline__ T block_sum(T value, T* partial) {
     T sum = lane < warps ? partial[lane] : T(0);
     return warp_sum(sum);
 }
+
+// The largest value of the threads of a block, in every thread; as block_sum.
+__device__ __forceinline__ float block_max(float value, float* partial) {
+    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const u32 warps = (blockDim.x + WARP - 1) / WARP;
+    value = warp_max(value);
+    __syncthreads();
+    if (lane == 0) partial[warp] = value;
+    __syncthreads();
+    return warp_max(partial[lane < warps ? lane : 0]);
+}
+
+#ifdef SOFTWARE_GPU
+
+// The operations above that need no device, in C++.
+inline void start_copy_16(void* shared, const void* from, bool there) {
+    typedef Pack<4, u32> Bytes16;
+    *static_cast<Bytes16*>(shared) = there ? *static_cast<const Bytes16*>(from) : Bytes16();
+}
+
+inline void wait_for_copies() {}
+
+inline float exp2_flush(float x) { return x < -126.0f ? 0.0f : exp2f(x); }
+
+inline u32 narrow_pair(float low, float high) {
+    return (u32)narrow(low).bits | (u32)narrow(high).bits << 16;
+}
+
+#endif
