@@ -786,9 +786,24 @@ fn precision_chooses_the_arithmetic() {
     }
 }
 
+/// A GPU, or `None` where there is none and it is not required.
+#[cfg(feature = "cuda")]
+fn cuda_instance(arithmetic: &str, threads: usize) -> Option<Instance<cuda::Cuda>> {
+    let bf16 = arithmetic.contains("bf16");
+    let precision = if bf16 { Precision::Bf16 } else { Precision::F32 };
+    match cuda::Cuda::new(0, precision, Some(threads)) {
+        Ok(backend) => Some(Instance { backend, bf16 }),
+        Err(error) => {
+            let required = std::env::var_os("SPARSEPACK_REQUIRE_GPU").is_some();
+            assert!(!required, "SPARSEPACK_REQUIRE_GPU is set, but {error}");
+            None
+        }
+    }
+}
+
 /// Runs each body on an instance inside its pool.
 macro_rules! backend_tests {
-    ($instance:ident, $arithmetic:expr; $($test:ident),* $(,)?) => {
+    ($make:ident, $instance:ident, $arithmetic:expr; $($test:ident),* $(,)?) => {
         mod $instance {
             use super::*;
 
@@ -796,11 +811,8 @@ macro_rules! backend_tests {
                 #[test]
                 #[allow(clippy::print_stdout, reason = "a skipped test says so")]
                 fn $test() {
-                    match cpu_instance($arithmetic, 2) {
-                        Some(instance) => {
-                            let scope = |t: &Instance<cpu::Cpu>| super::$test(t);
-                            instance.backend.scope(|| scope(&instance));
-                        }
+                    match $make($arithmetic, 2) {
+                        Some(instance) => instance.backend.scope(|| super::$test(&instance)),
                         None => println!("skipped: no {}", $arithmetic),
                     }
                 }
@@ -810,7 +822,7 @@ macro_rules! backend_tests {
             #[allow(clippy::print_stdout, reason = "a skipped test says so")]
             fn results_do_not_depend_on_the_number_of_threads() {
                 let run = |threads| {
-                    let instance = cpu_instance($arithmetic, threads)?;
+                    let instance = $make($arithmetic, threads)?;
                     Some(instance.backend.scope(|| fingerprint(&instance)))
                 };
                 match run(1) {
@@ -928,9 +940,9 @@ fn obs_sweep_rounds_and_feeds_errors_on<B: Backend>(t: &Instance<B>) {
 }
 
 macro_rules! every_operation {
-    ($instance:ident, $arithmetic:expr) => {
+    ($make:ident, $instance:ident, $arithmetic:expr) => {
         backend_tests! {
-            $instance, $arithmetic;
+            $make, $instance, $arithmetic;
             matrices_round_trip, linear_is_x_wt, norms_normalise_rows,
             rope_rotates_half_split_pairs, attention_is_causal_softmax,
             activations_match_their_formulas, fused_linears_equal_their_parts, token_nll_is_log_sum_exp,
@@ -946,6 +958,10 @@ macro_rules! every_operation {
     };
 }
 
-every_operation!(cpu_f32, "f32 products");
-every_operation!(cpu_bf16_amx, "bf16 products (AMX)");
-every_operation!(cpu_bf16_avx512, "bf16 products (AVX512-BF16)");
+every_operation!(cpu_instance, cpu_f32, "f32 products");
+every_operation!(cpu_instance, cpu_bf16_amx, "bf16 products (AMX)");
+every_operation!(cpu_instance, cpu_bf16_avx512, "bf16 products (AVX512-BF16)");
+#[cfg(feature = "cuda")]
+every_operation!(cuda_instance, cuda_f32, "CUDA device");
+#[cfg(feature = "cuda")]
+every_operation!(cuda_instance, cuda_bf16, "CUDA device (bf16 products)");

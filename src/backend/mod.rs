@@ -16,6 +16,8 @@ mod storage;
 #[cfg(test)]
 mod conformance;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 
 pub use block_ops::{Activation, AttentionShape, BlockOps, RopeTables, SequenceLens};
 pub use dense_ops::{Dense, DenseOps, Eigen};
@@ -47,6 +49,9 @@ pub enum Device {
     /// The CPU.
     #[default]
     Cpu,
+    /// The NVIDIA GPU with this index.
+    #[cfg(feature = "cuda")]
+    Cuda(usize),
 }
 
 /// How to set the device up.
@@ -68,6 +73,17 @@ pub trait BackendJob {
     fn run<B: Backend>(self, backend: &B) -> Self::Output;
 }
 
+/// The best device there is, and in words which it is and why.
+pub fn best_device() -> (Device, String) {
+    #[cfg(feature = "cuda")]
+    match cuda::probe(0) {
+        Ok(name) => (Device::Cuda(0), format!("cuda:0, {name}")),
+        Err(reason) => (Device::Cpu, format!("the CPU: {reason}")),
+    }
+    #[cfg(not(feature = "cuda"))]
+    (Device::Cpu, "the CPU: this build has no other backend".to_owned())
+}
+
 /// Runs `job` on the chosen device: the only function that names concrete backends.
 ///
 /// # Errors
@@ -76,6 +92,11 @@ pub fn dispatch<J: BackendJob + Send>(options: DeviceOptions, job: J) -> Result<
     match options.device {
         Device::Cpu => {
             let backend = cpu::Cpu::new(options.precision, options.threads)?;
+            Ok(backend.scope(|| job.run(&backend)))
+        }
+        #[cfg(feature = "cuda")]
+        Device::Cuda(index) => {
+            let backend = cuda::Cuda::new(index, options.precision, options.threads)?;
             Ok(backend.scope(|| job.run(&backend)))
         }
     }

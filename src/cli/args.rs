@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum, ValueHint};
 
 use super::CliError;
 use crate::{
-    backend::{Device, DeviceOptions, Precision, ScaleSearch},
+    backend::{Device, DeviceOptions, Precision, ScaleSearch, best_device},
     compress::{
         Basis, Candidate, Correction, Damping, GroupSize, Method, Quantizer, Scheme, Sparsity,
     },
@@ -21,8 +21,9 @@ use crate::{
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Device")]
 pub(super) struct DeviceArgs {
-    /// Device to compute on.
-    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    /// Device to compute on: cpu, cuda:N for an NVIDIA GPU, or auto for cuda:0 where there is one, else
+    /// the CPU.
+    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = parse_device)]
     device: DeviceChoice,
     /// Arithmetic of matrix products.
     #[arg(long, value_name = "TYPE", default_value = "auto")]
@@ -33,18 +34,42 @@ pub(super) struct DeviceArgs {
 }
 
 /// `--device`.
-#[derive(Debug, Clone, Copy, ValueEnum)]
+#[derive(Debug, Clone, Copy)]
 enum DeviceChoice {
-    /// The best device this build can use: the CPU.
     Auto,
-    /// The CPU.
-    Cpu,
+    These(Device),
+}
+
+fn parse_device(text: &str) -> Result<DeviceChoice, String> {
+    let refused = || format!("expected auto, cpu or cuda:N, found {text:?}");
+    match text {
+        "auto" => Ok(DeviceChoice::Auto),
+        "cpu" => Ok(DeviceChoice::These(Device::Cpu)),
+        _ => match text.strip_prefix("cuda") {
+            Some(index) => cuda_device(index).ok_or_else(refused)?.map(DeviceChoice::These),
+            None => Err(refused()),
+        },
+    }
+}
+
+/// The GPU that `:N` means, or nothing for another text.
+#[cfg(feature = "cuda")]
+fn cuda_device(index: &str) -> Option<Result<Device, String>> {
+    match index {
+        "" => Some(Ok(Device::Cuda(0))),
+        _ => index.strip_prefix(':')?.parse().ok().map(|index| Ok(Device::Cuda(index))),
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda_device(_: &str) -> Option<Result<Device, String>> {
+    Some(Err("this build has no CUDA backend".to_owned()))
 }
 
 /// `--compute`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(super) enum Compute {
-    /// bf16 products with f32 sums where the processor has them, else f32.
+    /// bf16 products with f32 sums where the device has them, else f32.
     Auto,
     /// f32 products throughout.
     F32,
@@ -55,7 +80,12 @@ pub(super) enum Compute {
 impl DeviceArgs {
     pub(super) fn resolve(&self) -> DeviceOptions {
         let device = match self.device {
-            DeviceChoice::Auto | DeviceChoice::Cpu => Device::Cpu,
+            DeviceChoice::These(device) => device,
+            DeviceChoice::Auto => {
+                let (device, which) = best_device();
+                tracing::info!("computing on {which}");
+                device
+            }
         };
         let precision = match self.compute {
             Compute::Auto => Precision::Auto,

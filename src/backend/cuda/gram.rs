@@ -4,14 +4,18 @@ use half::bf16;
 
 use super::{
     Cuda, CudaMatrix, Products,
-    driver::{Element, Gpu, Memory, Operand, Product},
-    matrix::{each, shape_error},
+    driver::{Element, Geometry, Gpu, KernelFile, Memory, Operand, Product},
+    matrix::{by_row, shape_error},
 };
-use crate::backend::{Result, Storage};
+use crate::backend::Result;
 
 /// Rows of the Gram matrix that one product adds to. More waste less of the upper triangle's half with
 /// wide matrices, fewer less with narrow ones.
 const PANEL: usize = 2048;
+
+const FILE: KernelFile = KernelFile::Stats;
+/// Rows whose squares are summed before their sums are.
+const STRIP: usize = 256;
 
 /// Lower triangle of `h += xᵀx`.
 pub(super) fn gram_accumulate(cuda: &Cuda, h: &mut CudaMatrix, x: &CudaMatrix) -> Result<()> {
@@ -76,4 +80,62 @@ fn cross<T: Element<Sum = f32>>(
     let stride = b.cols;
     let mut c = c.f32s_mut(OPERATION)?.as_view_mut();
     gpu.multiply(OPERATION, shape, left, right, &mut c, stride)
+}
+
+/// Multiplies each row of `x` with its factor.
+pub(super) fn scale_rows(cuda: &Cuda, x: &mut CudaMatrix, factors: &[f32]) -> Result<()> {
+    const OPERATION: &str = "scale_rows";
+    let (rows, cols) = (x.rows, x.cols);
+    if factors.len() != rows {
+        return Err(shape_error(OPERATION, format!("{} factors for {rows} rows", factors.len())));
+    }
+    let factors = cuda.gpu.upload(factors, OPERATION)?;
+    let kernel = x.values.kernel("scale_rows_f32", "scale_rows_bf16");
+    let args = [(&mut x.values).into(), (&factors).into(), (cols as u32).into()];
+    cuda.gpu.launch(KernelFile::Elementwise, kernel, by_row(rows, cols), &args)
+}
+
+/// `sums[j] += Σ_t x[t, j]²`.
+pub(super) fn column_sq_norm(cuda: &Cuda, sums: &mut CudaMatrix, x: &CudaMatrix) -> Result<()> {
+    const OPERATION: &str = "column_sq_norm";
+    let (rows, cols) = (x.rows, x.cols);
+    sums.expect_shape(OPERATION, 1, cols)?;
+    let strips = rows.div_ceil(STRIP);
+    let mut partial = cuda.gpu.allocate::<f32>(strips * cols, OPERATION)?;
+    let kernel = x.values.kernel("column_sq_norm_f32", "column_sq_norm_bf16");
+    let geometry =
+        Geometry { blocks: [strips, cols.div_ceil(128), 1], threads: [128, 1], shared: 0 };
+    let args = [
+        (&x.values).into(),
+        (&mut partial).into(),
+        (rows as u64).into(),
+        (cols as u32).into(),
+    ];
+    cuda.gpu.launch(FILE, kernel, geometry, &args)?;
+    let args = [
+        sums.f32s_mut(OPERATION)?.into(),
+        (&partial).into(),
+        (strips as u32).into(),
+        (cols as u32).into(),
+    ];
+    let geometry = Geometry { blocks: [cols.div_ceil(32), 1, 1], threads: [32, 1], shared: 0 };
+    cuda.gpu.launch(FILE, "add_partial_sums", geometry, &args)
+}
+
+/// Rows of `x` that hold a NaN or an infinity.
+pub(super) fn count_non_finite_rows(cuda: &Cuda, x: &CudaMatrix) -> Result<usize> {
+    const OPERATION: &str = "count_non_finite_rows";
+    let mut count = cuda.gpu.zeros::<u32>(1, OPERATION)?;
+    let kernel = x.values.kernel("count_non_finite_rows_f32", "count_non_finite_rows_bf16");
+    let geometry =
+        Geometry { blocks: [x.rows.div_ceil(8), 1, 1], threads: [32, 8], shared: 0 };
+    let args = [
+        (&x.values).into(),
+        (&mut count).into(),
+        (x.rows as u64).into(),
+        (x.cols as u32).into(),
+    ];
+    cuda.gpu.launch(FILE, kernel, geometry, &args)?;
+    let count = cuda.gpu.download(&count, 1, OPERATION)?;
+    Ok(count.first().map_or(0, |count| *count as usize))
 }

@@ -79,7 +79,13 @@ impl CudaMatrix {
 
 /// A thread for each of `count` values.
 pub(super) fn each(count: usize) -> Geometry {
-    Geometry { blocks: [count.div_ceil(THREADS), 1, 1], threads: THREADS as u32, shared: 0 }
+    Geometry { blocks: [count.div_ceil(THREADS), 1, 1], threads: [THREADS as u32, 1], shared: 0 }
+}
+
+/// A block for each of `rows` rows of `cols` columns, whose threads take some columns each.
+pub(super) fn by_row(rows: usize, cols: usize) -> Geometry {
+    let threads = cols.div_ceil(4).next_multiple_of(32).clamp(32, THREADS);
+    Geometry { blocks: [rows, 1, 1], threads: [threads as u32, 1], shared: 0 }
 }
 
 /// A thread for each of `cols` columns; blocks in y step over `rows` rows.
@@ -87,7 +93,7 @@ pub(super) fn by_column(rows: usize, cols: usize) -> Geometry {
     let threads = cols.next_multiple_of(32).clamp(32, THREADS);
     Geometry {
         blocks: [cols.div_ceil(threads), rows.min(ROW_BLOCKS), 1],
-        threads: threads as u32,
+        threads: [threads as u32, 1],
         shared: 0,
     }
 }
@@ -110,7 +116,7 @@ impl<T> As<'_, T> {
 impl Cuda {
     /// The values as f32.
     pub(super) fn widened<'a>(&self, matrix: &'a CudaMatrix) -> Result<As<'a, f32>> {
-        const OPERATION: &str = "widen";
+        const OPERATION: &str = "widen_bf16";
         match &matrix.values {
             Values::F32(values) => Ok(As::Own(values)),
             Values::Bf16(values) => {
@@ -124,7 +130,7 @@ impl Cuda {
 
     /// The values as bf16.
     pub(super) fn narrowed<'a>(&self, matrix: &'a CudaMatrix) -> Result<As<'a, bf16>> {
-        const OPERATION: &str = "narrow";
+        const OPERATION: &str = "narrow_f32";
         match &matrix.values {
             Values::Bf16(values) => Ok(As::Own(values)),
             Values::F32(values) => {
@@ -136,7 +142,7 @@ impl Cuda {
         }
     }
 
-    /// Memory for a matrix that feeds products, and the name of the kernel that fills it.
+    /// A matrix that feeds products, for a kernel to fill.
     pub(super) fn product_operand(
         &self,
         operation: &'static str,
@@ -149,6 +155,16 @@ impl Cuda {
                 CudaMatrix::bf16(rows, cols, self.gpu.allocate(rows * cols, operation)?)
             }
         })
+    }
+}
+
+impl Values {
+    /// The name of the kernel that writes such values, of one for each type.
+    pub(super) fn kernel(&self, f32: &'static str, bf16: &'static str) -> &'static str {
+        match self {
+            Self::F32(_) => f32,
+            Self::Bf16(_) => bf16,
+        }
     }
 }
 

@@ -67,8 +67,8 @@ pub(super) fn mark_lowest(
     let mut state = gpu.upload(&[0, zeros as u64], OPERATION)?;
     let mut counts = gpu.zeros::<u64>(BINS, OPERATION)?;
     let blocks = count.div_ceil(THREADS).min(8 * cuda.processors);
-    let wide = Geometry { blocks: [blocks, 1, 1], threads: THREADS as u32, shared: 0 };
-    let one = Geometry { blocks: [1, 1, 1], threads: 1024, shared: 0 };
+    let wide = Geometry { blocks: [blocks, 1, 1], threads: [THREADS as u32, 1], shared: 0 };
+    let one = Geometry { blocks: [1, 1, 1], threads: [1024, 1], shared: 0 };
     for (shift, bits) in DIGITS {
         let args = [
             scores.into(),
@@ -120,7 +120,7 @@ pub(super) fn mark_groups(
         ];
         cuda.gpu.launch(FILE, "lowest_of_groups", each(count), &args)?;
     } else {
-        let geometry = Geometry { blocks: [count / m, 1, 1], threads: 256, shared: 0 };
+        let geometry = Geometry { blocks: [count / m, 1, 1], threads: [256, 1], shared: 0 };
         let args =
             [scores.into(), (m as u64).into(), (zeros as u32).into(), (&mut marks).into()];
         cuda.gpu.launch(FILE, "lowest_of_rows", geometry, &args)?;

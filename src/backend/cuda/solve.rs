@@ -154,7 +154,7 @@ pub(super) fn inverse_factor_upper(cuda: &Cuda, h: &CudaMatrix, damp: f64) -> Re
     let tiles = n.div_ceil(TILE);
     let geometry = Geometry {
         blocks: [tiles, tiles.min(ROW_BLOCKS), 1],
-        threads: THREADS as u32,
+        threads: [THREADS as u32, 1],
         shared: 0,
     };
     let args = [(&reversed).into(), (n as u64).into(), (&mut u).into()];
@@ -199,7 +199,7 @@ pub(super) fn quadratic_form(
         gpu.launch(FILE, "difference", each(here * n), &args)?;
         let mut product = t.as_view_mut();
         gpu.times_lower(OPERATION, (here, n), &d.as_view(), &h.as_view(), &mut product)?;
-        let geometry = Geometry { blocks: [here, 1, 1], threads: THREADS as u32, shared: 0 };
+        let geometry = Geometry { blocks: [here, 1, 1], threads: [THREADS as u32, 1], shared: 0 };
         let mut sums = sums.slice_mut(first..);
         let args = [
             (&d).into(),

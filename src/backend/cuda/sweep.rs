@@ -121,7 +121,7 @@ fn on_device(
             ];
             let geometry = Geometry {
                 blocks: [rows.div_ceil(WARPS).min(16 * cuda.processors), 1, 1],
-                threads: (WARPS * 32) as u32,
+                threads: [(WARPS * 32) as u32, 1],
                 shared: 4 * (part.len() * part.len() + PART * WARPS),
             };
             gpu.launch(FILE, OPERATION, geometry, &args)?;

@@ -46,7 +46,6 @@ elements! {
 }
 
 /// A factor of a product: row-major memory whose rows are `stride` values apart.
-#[derive(Clone, Copy)]
 pub(in super::super) struct Operand<'a, T> {
     /// From the first value on.
     pub(in super::super) values: CudaView<'a, T>,

@@ -10,7 +10,8 @@ use std::{
 
 use cudarc::{
     driver::{
-        CudaFunction, CudaModule, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, result, sys,
+        CudaFunction, CudaModule, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceSlice,
+        result, sys,
     },
     nvrtc,
 };
@@ -52,8 +53,10 @@ kernel_files! {
     Norm = "norm.cu",
     /// Rotary embeddings.
     Rope = "rope.cu",
-    /// Causal attention.
-    Attention = "attention.cu",
+    /// Causal attention in f32.
+    AttentionF32 = "attention_f32.cu",
+    /// Causal attention on tensor cores.
+    AttentionBf16 = "attention_bf16.cu",
     /// Activations of an MLP.
     Activation = "activation.cu",
     /// Conversions, biases, factors of rows.
@@ -173,8 +176,8 @@ impl<'a, T: Named> From<&'a mut CudaViewMut<'_, T>> for Arg<'a> {
 pub(in super::super) struct Geometry {
     /// Blocks in x, y and z.
     pub(in super::super) blocks: [usize; 3],
-    /// Threads of a block in x.
-    pub(in super::super) threads: u32,
+    /// Threads of a block in x and y.
+    pub(in super::super) threads: [u32; 2],
     /// Bytes of dynamic shared memory of a block.
     pub(in super::super) shared: usize,
 }
@@ -242,7 +245,7 @@ impl Gpu {
             result::launch_kernel(
                 kernel.function.cu_function(),
                 (x, y, z),
-                (threads, 1, 1),
+                (threads[0], threads[1], 1),
                 shared as u32,
                 self.stream.cu_stream(),
                 &mut addresses,

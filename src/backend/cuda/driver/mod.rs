@@ -19,9 +19,10 @@ use cudarc::{
 };
 
 pub(super) use blas::{Element, Operand, Product};
-pub(super) use kernels::{Arg, KernelFile};
-pub(super) use memory::{Bytes, Memory};
-pub(super) use present::{count_devices, find};
+pub(super) use kernels::{Arg, Geometry, KernelFile};
+pub(super) use memory::Memory;
+use memory::Bytes;
+pub(super) use present::probe;
 
 use crate::backend::{BackendError, Result};
 
@@ -46,8 +47,8 @@ impl std::fmt::Debug for Gpu {
 impl Gpu {
     /// Starts the device with this index.
     pub(super) fn start(index: usize) -> Result<Self> {
+        probe(index)?;
         let device = format!("cuda:{index}");
-        present::libraries()?;
         let failed = |doing: &'static str| {
             let device = device.clone();
             move |error: DriverError| failure(device, doing, &error)

@@ -5,22 +5,26 @@ use cudarc::{cublas, cusolver, driver, nvrtc};
 
 use crate::backend::{BackendError, Result};
 
-/// CUDA devices, or why there is none.
-pub(in super::super) fn find() -> std::result::Result<usize, String> {
+/// The name of device `index`, if it and every library this backend calls are there.
+pub(in super::super) fn probe(index: usize) -> Result<String> {
+    let none = |reason: String| BackendError::NoDevice { wanted: index, reason };
     // SAFETY: opens and closes a library of NVIDIA's by its name.
     if !unsafe { driver::sys::is_culib_present() } {
-        return Err("no NVIDIA driver: libcuda is not to be found".to_owned());
+        return Err(none("no NVIDIA driver, libcuda is not to be found".to_owned()));
     }
-    driver::result::init().map_err(|error| reason(&error))?;
-    match driver::result::device::get_count().map_err(|error| reason(&error))? {
-        count @ 1.. => Ok(count as usize),
-        _ => Err("the driver sees no device".to_owned()),
+    let failed = |error: driver::DriverError| none(reason(&error));
+    driver::result::init().map_err(failed)?;
+    let count = driver::result::device::get_count().map_err(failed)?;
+    if count <= 0 {
+        return Err(none("the driver sees no device".to_owned()));
     }
-}
-
-/// CUDA devices of this machine.
-pub(in super::super) fn count_devices() -> usize {
-    find().unwrap_or(0)
+    let ordinal = i32::try_from(index).unwrap_or(i32::MAX);
+    if ordinal >= count {
+        return Err(none(format!("there are {count} devices, counted from 0")));
+    }
+    libraries()?;
+    let device = driver::result::device::get(ordinal).map_err(failed)?;
+    driver::result::device::get_name(device).map_err(failed)
 }
 
 fn reason(error: &driver::DriverError) -> String {

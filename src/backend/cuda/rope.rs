@@ -1,0 +1,56 @@
+//! Rotary position embeddings.
+
+use super::{
+    Cuda, CudaMatrix, Products,
+    driver::{Geometry, KernelFile},
+    matrix::shape_error,
+};
+use crate::backend::{AttentionShape, Result, RopeTables, SequenceLens};
+
+const FILE: KernelFile = KernelFile::Rope;
+
+pub(super) fn rope(
+    cuda: &Cuda,
+    qkv: &mut CudaMatrix,
+    shape: &AttentionShape,
+    tables: &RopeTables,
+    lens: &SequenceLens,
+) -> Result<()> {
+    const OPERATION: &str = "rope";
+    let (tokens, cols, half_dim) = (lens.tokens(), shape.qkv_cols(), tables.half_dim);
+    qkv.expect_shape(OPERATION, tokens, cols)?;
+    if half_dim * 2 != shape.head_dim {
+        let detail = format!("{half_dim} angles for heads of {}", shape.head_dim);
+        return Err(shape_error(OPERATION, detail));
+    }
+    let positions = tables.cos.len() / half_dim.max(1);
+    if lens.longest() > positions || tables.sin.len() != tables.cos.len() {
+        let detail = format!("{positions} positions for sequences of {}", lens.longest());
+        return Err(shape_error(OPERATION, detail));
+    }
+    let positions: Vec<u32> = lens.ranges().flat_map(|range| 0..range.len() as u32).collect();
+    let gpu = &cuda.gpu;
+    let positions = gpu.upload(&positions, OPERATION)?;
+    let (cos, sin) = (gpu.upload(&tables.cos, OPERATION)?, gpu.upload(&tables.sin, OPERATION)?);
+    let rotated = (shape.num_heads + shape.num_kv_heads) as u32;
+    let geometry = Geometry { blocks: [tokens, 1, 1], threads: [128, 1], shared: 0 };
+    let tables = [(&positions).into(), (&cos).into(), (&sin).into()];
+    let sizes = [(cols as u32).into(), rotated.into(), (half_dim as u32).into()];
+    let [positions, cos, sin] = tables;
+    let [cols_arg, rotated, half_dim] = sizes;
+    match cuda.products {
+        Products::F32 => {
+            let qkv = qkv.f32s_mut(OPERATION)?.into();
+            let args = [qkv, positions, cos, sin, cols_arg, rotated, half_dim];
+            gpu.launch(FILE, "rope_f32", geometry, &args)
+        }
+        Products::Bf16 => {
+            let mut out = gpu.allocate(tokens * cols, OPERATION)?;
+            let from = qkv.f32s(OPERATION)?.into();
+            let args = [from, (&mut out).into(), positions, cos, sin, cols_arg, rotated, half_dim];
+            gpu.launch(FILE, "rope_bf16", geometry, &args)?;
+            *qkv = CudaMatrix::bf16(tokens, cols, out);
+            Ok(())
+        }
+    }
+}
