@@ -88,7 +88,7 @@ done
 
 if [ "${2:-}" = --selftest ]; then
     KERNELS=$here/selftest PRELUDE=$prelude "$0" "$out/selftest"
-    $CXX -std=c++17 -O1 -g -Wall -Wextra -I"$here/selftest" "$here"/selftest/*.cpp -L"$out/selftest" -lcuda -lcublas -lcusolver -lnvrtc \
+    $CXX -std=c++17 -O1 -g -Wall -Wextra -I"$here/selftest" "$here"/selftest/*.cpp -L"$out/selftest" -lsoftware_gpu \
         -Wl,-rpath,"$out/selftest" -o "$out/selftest/selftest"
     "$out/selftest/selftest" "$prelude" "$here/selftest"
 fi
