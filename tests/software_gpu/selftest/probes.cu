@@ -93,7 +93,6 @@ KERNEL atomics(u32* counts, float* sum, u64* most) {
         seen = atomicCAS(&counts[4], assumed, assumed + 2);
     } while (seen != assumed);
 }
-}
 
 KERNEL __launch_bounds__(128) sums(const float* values, double* out, u32 count) {
     __shared__ double partial[32];
