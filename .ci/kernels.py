@@ -1,8 +1,8 @@
 """Compiles every CUDA kernel with NVRTC, without a GPU, and shows what each needs.
 
 kernels.py [--nvrtc LIBRARY] [FILE.cu ...]: prelude.cuh and each kernel file, for each architecture.
-A compile error, a warning, or registers spilled to memory by a kernel that is not allowed to make it
-fail. NVRTC is that of the PyPI package nvidia-cuda-nvrtc (12 or 13) unless a library is named.
+It fails on a compile error, a warning, or registers spilled to memory beyond what a kernel is allowed.
+NVRTC is that of the PyPI package nvidia-cuda-nvrtc (12 or 13) unless a library is named.
 """
 
 import argparse
@@ -15,8 +15,14 @@ KERNELS = Path(__file__).resolve().parent.parent / "src/backend/cuda/kernels"
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
 OPTIONS = ["--std=c++17", "--ptxas-options=-v"]
 
-# Kernels that may spill, and why.
-SPILLS_ALLOWED: dict[str, str] = {}
+# Bytes a kernel may spill.
+SPILLS_ALLOWED = {
+    # Capped at 168 registers, so that a multiprocessor holds three blocks: a few addresses are read
+    # back once a tile, outside the products.
+    "attention_bf16_128": 128,
+    # Weighted values and queries alone take 192 of the 255 registers.
+    "attention_bf16_256": 32,
+}
 
 
 def find_nvrtc():
@@ -68,6 +74,7 @@ class Nvrtc:
         return result == 0, log.value.decode()
 
 
+KERNEL = re.compile(r"^KERNEL\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)", re.MULTILINE)
 ENTRY = re.compile(r"Compiling entry function '(\w+)'")
 SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
@@ -109,7 +116,7 @@ def main():
     for path in files:
         # Messages name the file and its own lines.
         source = f'#line 1 "prelude.cuh"\n{prelude}\n#line 1 "{path.name}"\n{path.read_text()}'
-        declared = set(re.findall(r"^KERNEL\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)", path.read_text(), re.M))
+        declared = set(KERNEL.findall(path.read_text()))
         for arch in ARCHITECTURES:
             compiled, log = nvrtc.compile(source, path.name, arch)
             if not compiled or "warning" in log:
@@ -122,7 +129,7 @@ def main():
                 failures.append(f"{path.name} for {arch}: not compiled: {', '.join(sorted(lost))}")
             for name, registers, shared, spilled in rows:
                 print(f"{name:<32} {arch:<7} {registers:>9} {shared:>7} {spilled:>7}")
-                if spilled and name not in SPILLS_ALLOWED:
+                if spilled > SPILLS_ALLOWED.get(name, 0):
                     failures.append(f"{name} for {arch} spills {spilled} bytes")
     if failures:
         sys.exit("\n".join(failures))

@@ -215,8 +215,8 @@ __device__ __forceinline__ void weigh(
         for (u32 b = 0; b < DIMS / 16; ++b) {
             const u32* const at = own + k * 16 * WORDS + b * 8;
             const u32 first = at[0], second = at[WORDS], ninth = at[8 * WORDS], tenth = at[9 * WORDS];
-            const u32 even[2] = {(first & 0xffffu) | second << 16, (ninth & 0xffffu) | tenth << 16};
-            const u32 odd[2] = {first >> 16 | (second & 0xffff0000u), ninth >> 16 | (tenth & 0xffff0000u)};
+            const u32 even[2] = {__byte_perm(first, second, 0x5410), __byte_perm(ninth, tenth, 0x5410)};
+            const u32 odd[2] = {__byte_perm(first, second, 0x7632), __byte_perm(ninth, tenth, 0x7632)};
 #pragma unroll
             for (u32 m = 0; m < ROW_TILES; ++m) {
                 mma_bf16(sums[m][2 * b], probabilities[m], even);
@@ -327,42 +327,42 @@ __device__ __forceinline__ void attend(
 // the kernel's queries), length of the sequence. num_kv_heads divides num_heads; scale is above 0 and
 // multiplies query·key.
 
-KERNEL __launch_bounds__(128) attention_bf16_16(
+KERNEL __launch_bounds__(128, 3) attention_bf16_16(
     const bf16* qkv, bf16* out, const u32* tiles, u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale) {
     attend<16, 2, 64>(qkv, out, tiles, num_heads, num_kv_heads, head_dim, scale);
 }
 
-KERNEL __launch_bounds__(128) attention_bf16_32(
+KERNEL __launch_bounds__(128, 3) attention_bf16_32(
     const bf16* qkv, bf16* out, const u32* tiles, u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale) {
     attend<32, 2, 64>(qkv, out, tiles, num_heads, num_kv_heads, head_dim, scale);
 }
 
-KERNEL __launch_bounds__(128) attention_bf16_64(
+KERNEL __launch_bounds__(128, 2) attention_bf16_64(
     const bf16* qkv, bf16* out, const u32* tiles, u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale) {
     attend<64, 2, 64>(qkv, out, tiles, num_heads, num_kv_heads, head_dim, scale);
 }
 
-KERNEL __launch_bounds__(128) attention_bf16_80(
+KERNEL __launch_bounds__(128, 3) attention_bf16_80(
     const bf16* qkv, bf16* out, const u32* tiles, u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale) {
     attend<80, 1, 64>(qkv, out, tiles, num_heads, num_kv_heads, head_dim, scale);
 }
 
-KERNEL __launch_bounds__(128) attention_bf16_96(
+KERNEL __launch_bounds__(128, 3) attention_bf16_96(
     const bf16* qkv, bf16* out, const u32* tiles, u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale) {
     attend<96, 1, 64>(qkv, out, tiles, num_heads, num_kv_heads, head_dim, scale);
 }
 
-KERNEL __launch_bounds__(128) attention_bf16_128(
+KERNEL __launch_bounds__(128, 3) attention_bf16_128(
     const bf16* qkv, bf16* out, const u32* tiles, u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale) {
     attend<128, 1, 64>(qkv, out, tiles, num_heads, num_kv_heads, head_dim, scale);
 }
 
-KERNEL __launch_bounds__(128) attention_bf16_192(
+KERNEL __launch_bounds__(128, 2) attention_bf16_192(
     const bf16* qkv, bf16* out, const u32* tiles, u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale) {
     attend<192, 1, 32>(qkv, out, tiles, num_heads, num_kv_heads, head_dim, scale);
 }
 
-KERNEL __launch_bounds__(128) attention_bf16_256(
+KERNEL __launch_bounds__(128, 2) attention_bf16_256(
     const bf16* qkv, bf16* out, const u32* tiles, u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale) {
     attend<256, 1, 32>(qkv, out, tiles, num_heads, num_kv_heads, head_dim, scale);
 }
