@@ -19,16 +19,10 @@ static char* new_stack() {
 }
 
 void reset(Fiber& fiber, void (*entry)()) {
-    if (fiber.stack == nullptr) {
-        // Tops at different places of a page, or all stacks would share the same few lines of the cache.
-        static size_t made = 0;
-        fiber.stack = new_stack();
-        fiber.stack_bytes = STACK_BYTES - made % 16 * 256;
-        made += 1;
-    }
+    if (fiber.stack == nullptr) fiber.stack = new_stack();
     getcontext(&fiber.first);
     fiber.first.uc_stack.ss_sp = fiber.stack;
-    fiber.first.uc_stack.ss_size = fiber.stack_bytes;
+    fiber.first.uc_stack.ss_size = STACK_BYTES;
     fiber.first.uc_link = nullptr;
     makecontext(&fiber.first, entry, 0);
     fiber.started = false;

@@ -13,7 +13,6 @@ struct Fiber {
     ucontext_t first;
     bool started = false;
     char* stack = nullptr;
-    size_t stack_bytes = 0;
 };
 
 // Makes `fiber` start anew, at `entry`, when it is next switched to. What it was doing is dropped.
