@@ -102,8 +102,7 @@ impl Dense {
         if self.cols == other.rows {
             return Ok(());
         }
-        let detail =
-            format!("[{}, {}] by [{}, {}]", self.rows, self.cols, other.rows, other.cols);
+        let detail = format!("[{}, {}] by [{}, {}]", self.rows, self.cols, other.rows, other.cols);
         Err(BackendError::Shape { operation, detail })
     }
 

@@ -45,7 +45,9 @@ pub enum BackendError {
         reason: String,
     },
     /// A library of NVIDIA's is missing.
-    #[error("{library}, which {purpose}, is not to be found; install the CUDA runtime libraries, 12 or 13, or put their folder into LD_LIBRARY_PATH")]
+    #[error(
+        "{library}, which {purpose}, is not to be found; install the CUDA runtime libraries, 12 or 13, or put their folder into LD_LIBRARY_PATH"
+    )]
     MissingLibrary {
         /// Its name.
         library: &'static str,

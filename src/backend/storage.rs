@@ -77,6 +77,14 @@ pub trait Storage: Sized + Send + Sync {
     /// Out of device memory.
     fn onload(&self, matrix: HostMatrix) -> Result<Self::Matrix>;
 
+    /// Waits until all that was begun is done, so that a clock can be read.
+    ///
+    /// # Errors
+    /// Device failure, of an operation before this one as well.
+    fn finish(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// How many batches are best worked on at once with [`at_once`](Self::at_once). One where an
     /// operation fills the device by itself.
     fn lanes(&self) -> usize {

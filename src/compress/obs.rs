@@ -213,6 +213,7 @@ impl Obs {
         }
         let kept = pruned.as_ref().or(layer.keep_zeros.then_some(&dense));
         let rounding = self.sweep(b, &mut layer, kept, &factors.sweep)?;
+        b.finish()?;
         times.sweep_secs += start.elapsed().as_secs_f64();
 
         let start = Instant::now();
@@ -287,6 +288,7 @@ impl<B: Backend> LayerSolver<B> for Obs {
                 .then(|| self.by_column().factor(b, h, &first))
                 .transpose()?,
         };
+        b.finish()?;
         times.factor_secs += start.elapsed().as_secs_f64();
 
         let mut pruned = pruned.map(Vec::into_iter);

@@ -10,7 +10,8 @@ pub(super) fn product(cuda: &Cuda, a: &Dense, b: &Dense) -> Result<Dense> {
     const OPERATION: &str = "dense_product";
     a.expect_product(OPERATION, b)?;
     let (m, n) = (a.rows, b.cols);
-    let (left, right) = (cuda.gpu.upload(&a.data, OPERATION)?, cuda.gpu.upload(&b.data, OPERATION)?);
+    let (left, right) =
+        (cuda.gpu.upload(&a.data, OPERATION)?, cuda.gpu.upload(&b.data, OPERATION)?);
     let mut out = cuda.gpu.zeros::<f64>(m * n, OPERATION)?;
     let shape = Product { m, n, k: a.cols, alpha: 1.0, beta: 0.0 };
     let left = Operand { values: left.as_view(), stride: a.cols.max(1), transposed: false };

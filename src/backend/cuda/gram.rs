@@ -105,12 +105,8 @@ pub(super) fn column_sq_norm(cuda: &Cuda, sums: &mut CudaMatrix, x: &CudaMatrix)
     let kernel = x.values.kernel("column_sq_norm_f32", "column_sq_norm_bf16");
     let geometry =
         Geometry { blocks: [strips, cols.div_ceil(128), 1], threads: [128, 1], shared: 0 };
-    let args = [
-        (&x.values).into(),
-        (&mut partial).into(),
-        (rows as u64).into(),
-        (cols as u32).into(),
-    ];
+    let args =
+        [(&x.values).into(), (&mut partial).into(), (rows as u64).into(), (cols as u32).into()];
     cuda.gpu.launch(FILE, kernel, geometry, &args)?;
     let args = [
         sums.f32s_mut(OPERATION)?.into(),
@@ -127,14 +123,9 @@ pub(super) fn count_non_finite_rows(cuda: &Cuda, x: &CudaMatrix) -> Result<usize
     const OPERATION: &str = "count_non_finite_rows";
     let mut count = cuda.gpu.zeros::<u32>(1, OPERATION)?;
     let kernel = x.values.kernel("count_non_finite_rows_f32", "count_non_finite_rows_bf16");
-    let geometry =
-        Geometry { blocks: [x.rows.div_ceil(8), 1, 1], threads: [32, 8], shared: 0 };
-    let args = [
-        (&x.values).into(),
-        (&mut count).into(),
-        (x.rows as u64).into(),
-        (x.cols as u32).into(),
-    ];
+    let geometry = Geometry { blocks: [x.rows.div_ceil(8), 1, 1], threads: [32, 8], shared: 0 };
+    let args =
+        [(&x.values).into(), (&mut count).into(), (x.rows as u64).into(), (x.cols as u32).into()];
     cuda.gpu.launch(FILE, kernel, geometry, &args)?;
     let count = cuda.gpu.download(&count, 1, OPERATION)?;
     Ok(count.first().map_or(0, |count| *count as usize))

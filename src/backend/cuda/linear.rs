@@ -1,6 +1,6 @@
 //! Products with weights.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use half::bf16;
 
@@ -139,26 +139,38 @@ fn multiply<T: Element<Sum = f32>>(
     cuda.gpu.multiply(operation, shape, left, right, &mut out, n)
 }
 
-/// FLOP/s of a product large enough to fill the device.
+/// FLOP/s of a product that fills the device: squares of growing size, up to one that takes long enough
+/// for its launch not to show.
 pub(super) fn measure_ceiling(cuda: &Cuda) -> Result<f64> {
-    const OPERATION: &str = "ceiling";
-    let side = cuda.ceiling_side;
-    let value = |i: usize| (i % 17) as f32 / 17.0 - 0.5;
-    let values: Vec<f32> = (0..side * side).map(value).collect();
-    let x = cuda.upload(&values, side, side)?;
-    let weight = cuda.prepare(&[&x])?;
-    // In the type of products, as activations are.
-    let CudaWeight(x) = cuda.prepare(&[&x])?;
-    let flops = 2.0 * (side as f64).powi(3);
+    const SIDES: [usize; 5] = [512, 1024, 2048, 4096, 8192];
+    const LONG_ENOUGH: Duration = Duration::from_millis(2);
     let mut best = 0.0f64;
-    // The first round starts the library up.
-    for _ in 0..4 {
-        cuda.gpu.finish(OPERATION)?;
-        let round = Instant::now();
-        let out = cuda.linear(&x, &weight, None)?;
-        cuda.gpu.finish(OPERATION)?;
-        best = best.max(flops / round.elapsed().as_secs_f64());
-        drop(out);
+    for side in SIDES {
+        let took = time_square(cuda, side)?;
+        best = best.max(2.0 * (side as f64).powi(3) / took.as_secs_f64());
+        if took >= LONG_ENOUGH {
+            break;
+        }
     }
     Ok(best)
+}
+
+/// The least time of a product of squares with `side` rows.
+fn time_square(cuda: &Cuda, side: usize) -> Result<Duration> {
+    const OPERATION: &str = "ceiling";
+    let value = |i: usize| (i % 17) as f32 / 17.0 - 0.5;
+    let values: Vec<f32> = (0..side * side).map(value).collect();
+    let square = cuda.upload(&values, side, side)?;
+    let weight = cuda.prepare(&[&square])?;
+    // In the type of products, as activations are.
+    let CudaWeight(x) = cuda.prepare(&[&square])?;
+    let round = || {
+        let start = Instant::now();
+        cuda.linear(&x, &weight, None)?;
+        cuda.gpu.finish(OPERATION)?;
+        Ok(start.elapsed())
+    };
+    // The first starts the library up.
+    round()?;
+    (0..3).map(|_| round()).try_fold(Duration::MAX, |least, took| Ok(least.min(took?)))
 }

@@ -150,7 +150,9 @@ impl Cuda {
         cols: usize,
     ) -> Result<CudaMatrix> {
         Ok(match self.products {
-            Products::F32 => CudaMatrix::f32(rows, cols, self.gpu.allocate(rows * cols, operation)?),
+            Products::F32 => {
+                CudaMatrix::f32(rows, cols, self.gpu.allocate(rows * cols, operation)?)
+            }
             Products::Bf16 => {
                 CudaMatrix::bf16(rows, cols, self.gpu.allocate(rows * cols, operation)?)
             }
@@ -246,6 +248,10 @@ impl Storage for Cuda {
             HostData::Bf16(values) => Values::Bf16(self.gpu.upload(values, OPERATION)?),
         };
         Ok(CudaMatrix { rows, cols, values })
+    }
+
+    fn finish(&self) -> Result<()> {
+        self.gpu.finish("finish")
     }
 
     fn measure_gemm_ceiling(&self) -> Result<f64> {

@@ -29,12 +29,8 @@ pub use matrix::{CudaMatrix, CudaWeight};
 
 use super::{
     Activation, AttentionShape, BackendError, BlockOps, Dense, DenseOps, Eigen, Precision, Result,
-    RopeTables, Rounding, Selection, SequenceLens, SolveOps, StatOps, SweepRule,
-    cpu,
+    RopeTables, Rounding, Selection, SequenceLens, SolveOps, StatOps, SweepRule, cpu,
 };
-
-/// Rows of the square product whose rate is the ceiling.
-const CEILING_SIDE: usize = 8192;
 
 /// Element type of matrix products.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,7 +59,6 @@ pub struct Cuda {
     processors: usize,
     /// For what stays on the host.
     host: cpu::Cpu,
-    ceiling_side: usize,
 }
 
 /// The name of device `index`, if it and NVIDIA's libraries are there.
@@ -95,7 +90,7 @@ impl Cuda {
         };
         let host = cpu::Cpu::new(Precision::F32, threads)?;
         let processors = gpu.processors()?;
-        Ok(Self { gpu, products, processors, host, ceiling_side: CEILING_SIDE })
+        Ok(Self { gpu, products, processors, host })
     }
 
     /// Runs `work` with the host's threads.
@@ -274,7 +269,12 @@ impl SolveOps for Cuda {
         sweep::trailing_update(self, w, err, u, columns)
     }
 
-    fn quadratic_form(&self, a: &CudaMatrix, b: Option<&CudaMatrix>, h: &CudaMatrix) -> Result<f64> {
+    fn quadratic_form(
+        &self,
+        a: &CudaMatrix,
+        b: Option<&CudaMatrix>,
+        h: &CudaMatrix,
+    ) -> Result<f64> {
         solve::quadratic_form(self, a, b, h)
     }
 }

@@ -21,8 +21,7 @@ pub(super) fn token_nll(cuda: &Cuda, logits: &CudaMatrix, targets: &[u32]) -> Re
     let logits = cuda.widened(logits)?;
     let threads = if cols < 100_000 { 256 } else { 1024 };
     let geometry = Geometry { blocks: [rows, 1, 1], threads: [threads, 1], shared: 0 };
-    let args =
-        [logits.memory().into(), (&targets).into(), (&mut out).into(), (cols as u32).into()];
+    let args = [logits.memory().into(), (&targets).into(), (&mut out).into(), (cols as u32).into()];
     cuda.gpu.launch(KernelFile::Nll, OPERATION, geometry, &args)?;
     cuda.gpu.download(&out, rows, OPERATION)
 }

@@ -121,8 +121,7 @@ pub(super) fn mark_groups(
         cuda.gpu.launch(FILE, "lowest_of_groups", each(count), &args)?;
     } else {
         let geometry = Geometry { blocks: [count / m, 1, 1], threads: [256, 1], shared: 0 };
-        let args =
-            [scores.into(), (m as u64).into(), (zeros as u32).into(), (&mut marks).into()];
+        let args = [scores.into(), (m as u64).into(), (zeros as u32).into(), (&mut marks).into()];
         cuda.gpu.launch(FILE, "lowest_of_rows", geometry, &args)?;
     }
     Ok(marks)

@@ -33,7 +33,8 @@ pub(super) fn set_diagonal(
     h.expect_shape(OPERATION, n, n)?;
     let index = indices(OPERATION, entries.iter().map(|entry| entry.0), n)?;
     let values: Vec<f32> = entries.iter().map(|entry| entry.1).collect();
-    let (index, values) = (cuda.gpu.upload(&index, OPERATION)?, cuda.gpu.upload(&values, OPERATION)?);
+    let (index, values) =
+        (cuda.gpu.upload(&index, OPERATION)?, cuda.gpu.upload(&values, OPERATION)?);
     let args = [
         h.f32s_mut(OPERATION)?.into(),
         (n as u64).into(),
@@ -63,11 +64,7 @@ pub(super) fn copy_zeros(cuda: &Cuda, w: &mut CudaMatrix, from: &CudaMatrix) -> 
     const OPERATION: &str = "copy_zeros";
     from.expect_shape(OPERATION, w.rows, w.cols)?;
     let len = w.len();
-    let args = [
-        w.f32s_mut(OPERATION)?.into(),
-        from.f32s(OPERATION)?.into(),
-        (len as u64).into(),
-    ];
+    let args = [w.f32s_mut(OPERATION)?.into(), from.f32s(OPERATION)?.into(), (len as u64).into()];
     cuda.gpu.launch(FILE, OPERATION, each(len), &args)
 }
 
@@ -99,8 +96,7 @@ pub(super) fn permute_symmetric(
     let order = order_of(OPERATION, order, n)?;
     let order = cuda.gpu.upload(&order, OPERATION)?;
     let mut out = cuda.gpu.allocate::<f32>(n * n, OPERATION)?;
-    let args =
-        [h.f32s(OPERATION)?.into(), (n as u64).into(), (&order).into(), (&mut out).into()];
+    let args = [h.f32s(OPERATION)?.into(), (n as u64).into(), (&order).into(), (&mut out).into()];
     cuda.gpu.launch(FILE, OPERATION, by_column(n, n), &args)?;
     Ok(CudaMatrix::f32(n, n, out))
 }
@@ -135,12 +131,7 @@ pub(super) fn inverse_factor_upper(cuda: &Cuda, h: &CudaMatrix, damp: f64) -> Re
     h.expect_shape(OPERATION, n, n)?;
     let gpu = &cuda.gpu;
     let mut reversed = gpu.allocate::<f64>(n * n, OPERATION)?;
-    let args = [
-        h.f32s(OPERATION)?.into(),
-        (n as u64).into(),
-        damp.into(),
-        (&mut reversed).into(),
-    ];
+    let args = [h.f32s(OPERATION)?.into(), (n as u64).into(), damp.into(), (&mut reversed).into()];
     gpu.launch(FILE, "reverse_lower", by_column(n, n), &args)?;
     let pivot = |error| match error {
         BackendError::NotPositiveDefinite { pivot } => {
@@ -201,13 +192,8 @@ pub(super) fn quadratic_form(
         gpu.times_lower(OPERATION, (here, n), &d.as_view(), &h.as_view(), &mut product)?;
         let geometry = Geometry { blocks: [here, 1, 1], threads: [THREADS as u32, 1], shared: 0 };
         let mut sums = sums.slice_mut(first..);
-        let args = [
-            (&d).into(),
-            (&t).into(),
-            (&diagonal).into(),
-            (n as u64).into(),
-            (&mut sums).into(),
-        ];
+        let args =
+            [(&d).into(), (&t).into(), (&diagonal).into(), (n as u64).into(), (&mut sums).into()];
         gpu.launch(FILE, "row_forms", geometry, &args)?;
     }
     Ok(gpu.download(&sums, rows, OPERATION)?.iter().sum())

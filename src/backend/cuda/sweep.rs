@@ -247,8 +247,7 @@ fn on_host(
     let within = u.f32s(OPERATION)?.slice(columns.start * cols..);
     let within = download_columns(cuda, &within, width, cols, &columns)?;
     let mut work = download_columns(cuda, w.f32s(OPERATION)?, rows, cols, &columns)?;
-    let errors =
-        cuda.host.sweep_block(&mut work, within, columns.clone(), rule, Some(rounding))?;
+    let errors = cuda.host.sweep_block(&mut work, within, columns.clone(), rule, Some(rounding))?;
     let swept = cuda.gpu.upload(&work, OPERATION)?;
     let to = w.f32s_mut(OPERATION)?;
     let args = [

@@ -34,10 +34,7 @@ macro_rules! kernel_files {
         }
 
         impl KernelFile {
-            #[cfg(test)]
-            pub(super) const ALL: &[Self] = &[$(Self::$variant),*];
-
-            pub(super) fn name(self) -> &'static str {
+            fn name(self) -> &'static str {
                 match self { $(Self::$variant => $file,)* }
             }
 
@@ -126,7 +123,15 @@ macro_rules! named {
     };
 }
 
-named!(f32 = "float", f64 = "double", bf16 = "bf16", u8 = "u8", i8 = "i8", u32 = "u32", u64 = "u64");
+named!(
+    f32 = "float",
+    f64 = "double",
+    bf16 = "bf16",
+    u8 = "u8",
+    i8 = "i8",
+    u32 = "u32",
+    u64 = "u64"
+);
 
 macro_rules! scalars {
     ($($ty:ty: $bits:expr),*) => {
@@ -186,7 +191,7 @@ pub(in super::super) struct Geometry {
 #[derive(Debug)]
 pub(super) struct Kernels {
     arch: (i32, i32),
-    loaded: Mutex<HashMap<KernelFile, Module>>,
+    loaded: Mutex<HashMap<(KernelFile, Option<u32>), Module>>,
 }
 
 #[derive(Debug)]
@@ -227,7 +232,8 @@ impl Gpu {
             return Err(BackendError::Shape { operation: "launch", detail });
         }
         if shared > PLAIN_SHARED {
-            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            let attribute =
+                sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             kernel.function.set_attribute(attribute, shared as i32).map_err(self.failed(name))?;
         }
         let [x, y, z] = blocks.map(|blocks| blocks as u32);
@@ -257,10 +263,11 @@ impl Gpu {
     /// Finds a kernel, compiling its file first where that has not been done.
     fn kernel(&self, file: KernelFile, name: &'static str) -> Result<Arc<Kernel>> {
         let mut loaded = self.kernels.loaded.lock().unwrap_or_else(PoisonError::into_inner);
-        let module = match loaded.entry(file) {
+        let instance = instance(name);
+        let module = match loaded.entry((file, instance)) {
             Entry::Occupied(found) => found.into_mut(),
             Entry::Vacant(new) => {
-                let image = compile(file, self.kernels.arch)?;
+                let image = compile(file, instance, self.kernels.arch)?;
                 let module = self.context.load_module(nvrtc::Ptx::from_binary(image));
                 let module = module.map_err(self.failed(file.name()))?;
                 new.insert(Module { module, kernels: HashMap::new() })
@@ -327,18 +334,26 @@ fn kind(parameter: &str) -> Option<Kind> {
     }
 }
 
-/// Compiles a file of kernels for an architecture.
+/// The number at the end of the name of a kernel that a file has for several sizes. Only the instance
+/// that is launched is compiled.
+fn instance(name: &str) -> Option<u32> {
+    name.rsplit_once('_')?.1.parse().ok()
+}
+
+/// Compiles a file of kernels, or one instance of them, for an architecture.
 ///
 /// The result is machine code for just this one, since PTX of a newer compiler than the driver's would
 /// be refused.
-fn compile(file: KernelFile, (major, minor): (i32, i32)) -> Result<Vec<u8>> {
+fn compile(file: KernelFile, instance: Option<u32>, (major, minor): (i32, i32)) -> Result<Vec<u8>> {
     let failed = |log: String| BackendError::Kernels { file: file.name(), log };
     let text = CString::new(format!("{PRELUDE}\n#line 1 \"{}\"\n{}", file.name(), file.text()))
         .map_err(|error| failed(error.to_string()))?;
     let name = CString::new(file.name()).map_err(|error| failed(error.to_string()))?;
     let program = nvrtc::result::create_program(&text, Some(&name))
         .map_err(|error| failed(format!("{error:?}")))?;
-    let options = [format!("--gpu-architecture=sm_{major}{minor}"), "--std=c++17".to_owned()];
+    let mut options =
+        vec![format!("--gpu-architecture=sm_{major}{minor}"), "--std=c++17".to_owned()];
+    options.extend(instance.map(|instance| format!("-DINSTANCE={instance}")));
     // SAFETY: the program was made above and is destroyed once, below, after the last use; the image
     // has the size that the library asks for.
     unsafe {

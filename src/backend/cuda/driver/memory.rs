@@ -9,7 +9,10 @@ use crate::backend::{BackendError, Result};
 pub(in super::super) type Memory<T> = CudaSlice<T>;
 
 /// What may lie in device memory and has no invalid bits.
-pub(in super::super) trait Bytes: DeviceRepr + ValidAsZeroBits + Copy + Default {}
+pub(in super::super) trait Bytes:
+    DeviceRepr + ValidAsZeroBits + Copy + Default
+{
+}
 impl<T: DeviceRepr + ValidAsZeroBits + Copy + Default> Bytes for T {}
 
 impl Gpu {
@@ -41,13 +44,6 @@ impl Gpu {
     fn out_of_memory(&self, operation: &'static str, wanted: usize) -> BackendError {
         let (free, total) = self.context.mem_get_info().unwrap_or((0, 0));
         BackendError::OutOfMemory { device: self.describe(), operation, wanted, free, total }
-    }
-
-    /// Free and total bytes of device memory; what is freed but kept counts as free.
-    pub(in super::super) fn memory(&self) -> Result<(usize, usize)> {
-        self.finish("memory")?;
-        trim(&self.context).map_err(self.failed("memory"))?;
-        self.context.mem_get_info().map_err(self.failed("memory"))
     }
 
     /// Zeros.

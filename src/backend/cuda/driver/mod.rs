@@ -20,8 +20,8 @@ use cudarc::{
 
 pub(super) use blas::{Element, Operand, Product};
 pub(super) use kernels::{Arg, Geometry, KernelFile};
-pub(super) use memory::Memory;
 use memory::Bytes;
+pub(super) use memory::Memory;
 pub(super) use present::probe;
 
 use crate::backend::{BackendError, Result};
@@ -97,11 +97,7 @@ impl Gpu {
     }
 }
 
-fn failure(
-    device: String,
-    operation: &'static str,
-    error: &dyn std::error::Error,
-) -> BackendError {
+fn failure(device: String, operation: &'static str, error: &dyn std::error::Error) -> BackendError {
     BackendError::Device { device, operation, error: error.to_string() }
 }
 

@@ -64,7 +64,15 @@ impl Gpu {
             unsafe {
                 match call {
                     Call::Size(space) => sys::cusolverDnXpotrf_bufferSize(
-                        handle, params, LOWER, n, F64, a, n, F64, &raw mut space.0,
+                        handle,
+                        params,
+                        LOWER,
+                        n,
+                        F64,
+                        a,
+                        n,
+                        F64,
+                        &raw mut space.0,
                         &raw mut space.1,
                     ),
                     Call::Run { device, host, space, info } => sys::cusolverDnXpotrf(
@@ -96,7 +104,15 @@ impl Gpu {
             unsafe {
                 match call {
                     Call::Size(space) => sys::cusolverDnXtrtri_bufferSize(
-                        handle, LOWER, diagonal, n, F64, a, n, &raw mut space.0, &raw mut space.1,
+                        handle,
+                        LOWER,
+                        diagonal,
+                        n,
+                        F64,
+                        a,
+                        n,
+                        &raw mut space.0,
+                        &raw mut space.1,
                     ),
                     Call::Run { device, host, space, info } => sys::cusolverDnXtrtri(
                         handle, LOWER, diagonal, n, F64, a, n, device, space.0, host, space.1, info,
@@ -130,12 +146,23 @@ impl Gpu {
             unsafe {
                 match call {
                     Call::Size(space) => sys::cusolverDnXsyevd_bufferSize(
-                        handle, params, vectors, LOWER, n, F64, a, n, F64, to, F64,
-                        &raw mut space.0, &raw mut space.1,
+                        handle,
+                        params,
+                        vectors,
+                        LOWER,
+                        n,
+                        F64,
+                        a,
+                        n,
+                        F64,
+                        to,
+                        F64,
+                        &raw mut space.0,
+                        &raw mut space.1,
                     ),
                     Call::Run { device, host, space, info } => sys::cusolverDnXsyevd(
-                        handle, params, vectors, LOWER, n, F64, a, n, F64, to, F64, device, space.0,
-                        host, space.1, info,
+                        handle, params, vectors, LOWER, n, F64, a, n, F64, to, F64, device,
+                        space.0, host, space.1, info,
                     ),
                 }
             }
@@ -172,9 +199,7 @@ impl Gpu {
             Call::Run { info, .. } => unsafe {
                 let (handle, params) = (self.solver.handle.cu(), self.solver.params);
                 let (n, m) = (n as i64, m as i64);
-                sys::cusolverDnXpotrs(
-                    handle, params, LOWER, n, m, F64, a, n, F64, right, n, info,
-                )
+                sys::cusolverDnXpotrs(handle, params, LOWER, n, m, F64, a, n, F64, right, n, info)
             },
         })?;
         if info == 0 { Ok(()) } else { Err(self.bad_argument(operation, info)) }

@@ -6,7 +6,7 @@
 // double-buffered in shared memory; maximum, sum and weighted values follow online (Milakov and
 // Gimelshein 2018; Dao et al. 2022). Tiles above the diagonal are never read.
 //
-// A kernel per padded head_dim; the host takes the smallest that holds the model's (any from 1 to 256;
+// A kernel per padded head_dim (only that of INSTANCE where it is defined); the host takes the smallest that holds the model's (any from 1 to 256;
 // multiples of 8 load fastest). Queries of a tile of the host's list, keys of a tile, dynamic shared bytes:
 //
 //   attention_bf16_16        128     64     10240
@@ -327,42 +327,58 @@ __device__ __forceinline__ void attend(
 // the kernel's queries), length of the sequence. num_kv_heads divides num_heads; scale is above 0 and
 // multiplies query·key.
 
+#if !defined(INSTANCE) || INSTANCE == 16
 KERNEL __launch_bounds__(128, 3) attention_bf16_16(
     const bf16* qkv, bf16* out, const u32* tiles, u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale) {
     attend<16, 2, 64>(qkv, out, tiles, num_heads, num_kv_heads, head_dim, scale);
 }
+#endif
 
+#if !defined(INSTANCE) || INSTANCE == 32
 KERNEL __launch_bounds__(128, 3) attention_bf16_32(
     const bf16* qkv, bf16* out, const u32* tiles, u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale) {
     attend<32, 2, 64>(qkv, out, tiles, num_heads, num_kv_heads, head_dim, scale);
 }
+#endif
 
+#if !defined(INSTANCE) || INSTANCE == 64
 KERNEL __launch_bounds__(128, 2) attention_bf16_64(
     const bf16* qkv, bf16* out, const u32* tiles, u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale) {
     attend<64, 2, 64>(qkv, out, tiles, num_heads, num_kv_heads, head_dim, scale);
 }
+#endif
 
+#if !defined(INSTANCE) || INSTANCE == 80
 KERNEL __launch_bounds__(128, 3) attention_bf16_80(
     const bf16* qkv, bf16* out, const u32* tiles, u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale) {
     attend<80, 1, 64>(qkv, out, tiles, num_heads, num_kv_heads, head_dim, scale);
 }
+#endif
 
+#if !defined(INSTANCE) || INSTANCE == 96
 KERNEL __launch_bounds__(128, 3) attention_bf16_96(
     const bf16* qkv, bf16* out, const u32* tiles, u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale) {
     attend<96, 1, 64>(qkv, out, tiles, num_heads, num_kv_heads, head_dim, scale);
 }
+#endif
 
+#if !defined(INSTANCE) || INSTANCE == 128
 KERNEL __launch_bounds__(128, 3) attention_bf16_128(
     const bf16* qkv, bf16* out, const u32* tiles, u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale) {
     attend<128, 1, 64>(qkv, out, tiles, num_heads, num_kv_heads, head_dim, scale);
 }
+#endif
 
+#if !defined(INSTANCE) || INSTANCE == 192
 KERNEL __launch_bounds__(128, 2) attention_bf16_192(
     const bf16* qkv, bf16* out, const u32* tiles, u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale) {
     attend<192, 1, 32>(qkv, out, tiles, num_heads, num_kv_heads, head_dim, scale);
 }
+#endif
 
+#if !defined(INSTANCE) || INSTANCE == 256
 KERNEL __launch_bounds__(128, 2) attention_bf16_256(
     const bf16* qkv, bf16* out, const u32* tiles, u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale) {
     attend<256, 1, 32>(qkv, out, tiles, num_heads, num_kv_heads, head_dim, scale);
 }
+#endif

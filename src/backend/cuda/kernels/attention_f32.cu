@@ -6,7 +6,7 @@
 // are copied while values are weighed, and values while scores are computed. Tiles above the diagonal
 // are never read.
 //
-// A kernel per padded head_dim; the host takes the smallest that holds the model's (any from 1 to 256;
+// A kernel per padded head_dim (only that of INSTANCE where it is defined); the host takes the smallest that holds the model's (any from 1 to 256;
 // multiples of 4 load fastest). Queries of a tile of the host's list, keys of a tile, dynamic shared bytes:
 //
 //   attention_f32_16         64     64     31744
@@ -250,42 +250,58 @@ __device__ __forceinline__ void attend(
 // the kernel's queries), length of the sequence. num_kv_heads divides num_heads; scale is above 0 and
 // multiplies query·key.
 
+#if !defined(INSTANCE) || INSTANCE == 16
 KERNEL __launch_bounds__(256, 2) attention_f32_16(
     const float* qkv, float* out, const u32* tiles, u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale) {
     attend<16, 4, 4>(qkv, out, tiles, num_heads, num_kv_heads, head_dim, scale);
 }
+#endif
 
+#if !defined(INSTANCE) || INSTANCE == 32
 KERNEL __launch_bounds__(256, 2) attention_f32_32(
     const float* qkv, float* out, const u32* tiles, u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale) {
     attend<32, 4, 4>(qkv, out, tiles, num_heads, num_kv_heads, head_dim, scale);
 }
+#endif
 
+#if !defined(INSTANCE) || INSTANCE == 64
 KERNEL __launch_bounds__(256, 2) attention_f32_64(
     const float* qkv, float* out, const u32* tiles, u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale) {
     attend<64, 4, 4>(qkv, out, tiles, num_heads, num_kv_heads, head_dim, scale);
 }
+#endif
 
+#if !defined(INSTANCE) || INSTANCE == 80
 KERNEL __launch_bounds__(256, 2) attention_f32_80(
     const float* qkv, float* out, const u32* tiles, u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale) {
     attend<80, 4, 2>(qkv, out, tiles, num_heads, num_kv_heads, head_dim, scale);
 }
+#endif
 
+#if !defined(INSTANCE) || INSTANCE == 96
 KERNEL __launch_bounds__(256, 2) attention_f32_96(
     const float* qkv, float* out, const u32* tiles, u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale) {
     attend<96, 4, 2>(qkv, out, tiles, num_heads, num_kv_heads, head_dim, scale);
 }
+#endif
 
+#if !defined(INSTANCE) || INSTANCE == 128
 KERNEL __launch_bounds__(256, 2) attention_f32_128(
     const float* qkv, float* out, const u32* tiles, u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale) {
     attend<128, 4, 2>(qkv, out, tiles, num_heads, num_kv_heads, head_dim, scale);
 }
+#endif
 
+#if !defined(INSTANCE) || INSTANCE == 192
 KERNEL __launch_bounds__(256, 2) attention_f32_192(
     const float* qkv, float* out, const u32* tiles, u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale) {
     attend<192, 2, 2>(qkv, out, tiles, num_heads, num_kv_heads, head_dim, scale);
 }
+#endif
 
+#if !defined(INSTANCE) || INSTANCE == 256
 KERNEL __launch_bounds__(256, 2) attention_f32_256(
     const float* qkv, float* out, const u32* tiles, u32 num_heads, u32 num_kv_heads, u32 head_dim, float scale) {
     attend<256, 2, 1>(qkv, out, tiles, num_heads, num_kv_heads, head_dim, scale);
 }
+#endif

@@ -9,17 +9,11 @@
 // Equals cpu/sweep.rs and cpu/rounding.rs. Values are rounded operation by operation as a reader decodes
 // them, without fused multiply-adds.
 
-// What weights are rounded to.
-static const u32 NOTHING = 0;
-// scale · level − min, with codes level + point.
-static const u32 LEVELS = 1;
-// scale · e4m3.
-static const u32 FLOAT8 = 2;
+// What weights are rounded to: nothing; scale · level − min, with codes level + point; scale · e4m3.
+enum Kind : u32 { NOTHING, LEVELS, FLOAT8 };
 
 // The type that values and scales are stored in.
-static const u32 AS_F32 = 0;
-static const u32 AS_BF16 = 1;
-static const u32 AS_F16 = 2;
+enum Stored : u32 { AS_F32, AS_BF16, AS_F16 };
 
 // Value limited to low..high; NaN becomes low.
 __device__ __forceinline__ float limited(float value, float low, float high) {
@@ -86,7 +80,9 @@ __device__ __forceinline__ float rounded(
     }
     const float divisor = scale == 0.0f ? __uint_as_float(0x7f800000u) : scale;
     const float exact = __fdiv_rn(__fadd_rn(target, min), divisor);
-    const float level = rintf(limited(exact, __fsub_rn(grid.low, point), __fsub_rn(grid.high, point)));
+    const float inside = limited(exact, __fsub_rn(grid.low, point), __fsub_rn(grid.high, point));
+    // Above 2^23 floats are integers, so the addition rounds, ties to even; never to a negative zero.
+    const float level = __fsub_rn(__fadd_rn(inside, 12582912.0f), 12582912.0f);
     *code = (i8)__fadd_rn(level, point);
     return as_stored(__fsub_rn(__fmul_rn(scale, level), min), grid.stored);
 }
