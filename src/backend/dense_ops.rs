@@ -53,6 +53,18 @@ impl Dense {
         out
     }
 
+    /// A square matrix with its lower triangle in the place of the upper one too.
+    #[must_use]
+    pub fn mirrored(mut self) -> Self {
+        let n = self.rows;
+        for i in 0..n {
+            for j in 0..i {
+                self.data[j * n + i] = self.data[i * n + j];
+            }
+        }
+        self
+    }
+
     /// The first `cols` columns.
     #[must_use]
     pub fn first_columns(&self, cols: usize) -> Self {

@@ -8,14 +8,12 @@ use crate::backend::{Backend, BackendError, Dense};
 pub struct Covariance {
     /// `Σ xᵀx`, `[d, d]`; the lower triangle is right.
     sum: Dense,
-    /// Rows seen.
-    pub tokens: usize,
 }
 
 impl Covariance {
     /// Of no rows yet.
     pub fn new(features: usize) -> Self {
-        Self { sum: Dense::zeros(features, features), tokens: 0 }
+        Self { sum: Dense::zeros(features, features) }
     }
 
     /// Adds the rows of `x: [tokens, d]`.
@@ -23,24 +21,17 @@ impl Covariance {
     /// # Errors
     /// Device failure.
     pub fn add<B: Backend>(&mut self, b: &B, x: &B::Matrix) -> Result<(), BackendError> {
-        let (tokens, features) = b.shape(x);
+        let features = b.shape(x).1;
         let mut gram = b.zeros(features, features)?;
         b.gram_accumulate(&mut gram, x)?;
         self.sum.add(&Dense::new(features, features, &b.download(&gram)?)?);
-        self.tokens += tokens;
         Ok(())
     }
 
     /// Makes it that of the rows less each row's own mean over the features.
     pub fn centre(&mut self) {
-        let n = self.sum.rows;
-        // Only the lower triangle is right so far.
-        for i in 0..n {
-            for j in 0..i {
-                self.sum.data[j * n + i] = self.sum.data[i * n + j];
-            }
-        }
-        let once = centred_rows(std::mem::replace(&mut self.sum, Dense::zeros(0, 0)));
+        let sum = std::mem::replace(&mut self.sum, Dense::zeros(0, 0));
+        let once = centred_rows(sum.mirrored());
         self.sum = centred_rows(once.transposed());
     }
 }
@@ -66,11 +57,6 @@ impl Rotation {
     ) -> Result<Self, BackendError> {
         let eigen = b.symmetric_eigen(&covariance.sum)?;
         Ok(Self { q: eigen.vectors.first_columns(width), eigenvalues: eigen.values })
-    }
-
-    /// The first `width` of the coordinates that are there: nothing is turned.
-    pub fn none(features: usize, width: usize) -> Self {
-        Self { q: Dense::identity(features, width), eigenvalues: vec![1.0; features] }
     }
 
     /// Share of the variance along the kept directions.

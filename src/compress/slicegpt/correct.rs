@@ -27,7 +27,7 @@ impl Fit {
     /// # Errors
     /// Shapes that do not fit; device failure.
     pub fn solve<B: DenseOps>(&self, b: &B, t0: &Dense, damp: f64) -> Result<Dense, BackendError> {
-        let gram = symmetric(&self.gram);
+        let gram = self.gram.clone().mirrored();
         let mut missing = b.dense_product(t0, &gram)?.scaled(-1.0);
         missing.add(&self.cross);
         let mut damped = gram;
@@ -41,18 +41,6 @@ impl Fit {
         t.add(t0);
         Ok(t)
     }
-}
-
-/// Both triangles of a matrix of which the lower one is right.
-fn symmetric(lower: &Dense) -> Dense {
-    let mut out = lower.clone();
-    let n = out.rows;
-    for i in 0..n {
-        for j in 0..i {
-            out.data[j * n + i] = out.data[i * n + j];
-        }
-    }
-    out
 }
 
 #[cfg(test)]
