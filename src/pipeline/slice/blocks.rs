@@ -6,11 +6,7 @@
 
 use std::path::Path;
 
-use super::super::{
-    error::Result,
-    loader::LoadedBlock,
-    progress::{Phase, PhaseTimes},
-};
+use super::super::{error::Result, progress::PhaseTimes};
 use super::{
     SliceJob,
     stream::Stream,
@@ -37,10 +33,7 @@ impl SliceJob<'_> {
         let mut attn = self.project(b, &mut stream, &mut kept, times)?;
         writer.write_before_blocks(&attn, times)?;
         for block in 0..blocks {
-            self.source.prefetch(block + 1);
-            let mut loaded =
-                times.time(Phase::Load, || LoadedBlock::load(b, self.source, block))?;
-            times.time(Phase::Load, || loaded.install_all(b))?;
+            let loaded = self.load(b, block, times)?;
             stream.advance(&loaded, CapturePoint::AttnIn, Some(CapturePoint::MlpIn), times)?;
             let mlp = self.project(b, &mut stream, &mut kept, times)?;
             stream.advance(&loaded, CapturePoint::MlpIn, None, times)?;

@@ -65,9 +65,7 @@ impl SliceJob<'_> {
         let mut pair = Pair::enter(b, self, q, times)?;
         writer.write_before_blocks(q, times)?;
         for index in 0..self.source.config().num_hidden_layers {
-            self.source.prefetch(index + 1);
-            let mut dense = times.time(Phase::Load, || LoadedBlock::load(b, self.source, index))?;
-            times.time(Phase::Load, || dense.install_all(b))?;
+            let mut dense = self.load(b, index, times)?;
             let mut sliced = pair.block(&dense, index, writer)?;
             for [reads, writes] in [
                 [CapturePoint::AttnIn, CapturePoint::AttnOut],

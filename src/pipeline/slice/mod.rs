@@ -24,6 +24,7 @@ pub(super) use plan::Slicing;
 use super::{
     error::{PipelineError, Result},
     journal::{SourceProbe, WORK_DIR},
+    loader::LoadedBlock,
     output::probe_source,
     plan::contradiction,
     progress::{Phase, PhaseTimes, Progress},
@@ -179,6 +180,21 @@ impl SliceJob<'_> {
         };
         self.progress.finish();
         Ok(kept)
+    }
+
+    /// A block of the source, ready to run; the next one is on its way.
+    fn load<B: Backend>(
+        &self,
+        b: &B,
+        block: usize,
+        times: &mut PhaseTimes,
+    ) -> Result<LoadedBlock<B>> {
+        self.source.prefetch(block + 1);
+        times.time(Phase::Load, || {
+            let mut loaded = LoadedBlock::load(b, self.source, block)?;
+            loaded.install_all(b)?;
+            Ok(loaded)
+        })
     }
 
     /// The kept directions of a stream.

@@ -2,11 +2,7 @@
 
 use std::path::Path;
 
-use super::super::{
-    error::Result,
-    loader::LoadedBlock,
-    progress::{Phase, PhaseTimes},
-};
+use super::super::{error::Result, progress::PhaseTimes};
 use super::{
     SliceJob,
     stream::Stream,
@@ -57,10 +53,7 @@ impl SliceJob<'_> {
         let mut stream = Stream::enter(b, self, times)?;
         let mut sum = Covariance::new(config.hidden_size);
         for block in 0..config.num_hidden_layers {
-            self.source.prefetch(block + 1);
-            let mut loaded =
-                times.time(Phase::Load, || LoadedBlock::load(b, self.source, block))?;
-            times.time(Phase::Load, || loaded.install_all(b))?;
+            let loaded = self.load(b, block, times)?;
             stream.observe_normalised(&mut sum, times)?;
             stream.advance(&loaded, CapturePoint::AttnIn, Some(CapturePoint::MlpIn), times)?;
             stream.observe_normalised(&mut sum, times)?;
