@@ -142,42 +142,91 @@ impl<B: Backend> Block<B> {
         at: Activations<B>,
         lens: &SequenceLens,
     ) -> Result<Activations<B>, BackendError> {
-        let absent = |what: &str| BackendError::Shape {
-            operation: "block step",
-            detail: format!("no {what} at {point:?}"),
-        };
-        let Activations { mut residual, input } = at;
-        let input = input.ok_or_else(|| absent("input"))?;
-        let linears = self.linears[point as usize].as_ref().ok_or_else(|| absent("linears"))?;
-        let (weight, bias) = (&linears.weight, linears.bias.as_ref());
-        if let Some(shortcut) = &self.shortcuts[point as usize] {
-            residual = b.linear(&residual, shortcut, None)?;
-        }
-        let input = match (point, geometry.mlp) {
-            (CapturePoint::AttnIn, _) => {
-                let mut qkv = b.linear(&input, weight, bias)?;
+        match point {
+            CapturePoint::AttnIn => {
+                let Activations { residual, input } = at;
+                let (input, linears) = self.ready(point, input)?;
+                let mut qkv = b.linear(&input, &linears.weight, linears.bias.as_ref())?;
                 drop(input);
                 if let Some(tables) = &geometry.rope {
                     b.rope(&mut qkv, &geometry.attention, tables, lens)?;
                 }
-                Some(b.causal_attention(&qkv, &geometry.attention, lens)?)
+                let input = Some(b.causal_attention(&qkv, &geometry.attention, lens)?);
+                Ok(Activations { residual, input })
             }
-            (CapturePoint::AttnOut, _) => {
-                b.linear_add(&mut residual, &input, weight, bias)?;
-                Some(self.mlp_norm.apply(b, &residual)?)
+            CapturePoint::AttnOut => {
+                let residual = self.write(b, point, at)?;
+                let input = Some(self.mlp_norm.apply(b, &residual)?);
+                Ok(Activations { residual, input })
             }
-            (CapturePoint::MlpIn, MlpKind::Gated) => {
-                Some(b.linear_gated(&input, weight, bias, geometry.activation)?)
+            CapturePoint::MlpIn => {
+                let Activations { residual, input } = at;
+                let (input, linears) = self.ready(point, input)?;
+                let (weight, bias) = (&linears.weight, linears.bias.as_ref());
+                let input = Some(match geometry.mlp {
+                    MlpKind::Gated => b.linear_gated(&input, weight, bias, geometry.activation)?,
+                    MlpKind::Plain => {
+                        b.activation(&b.linear(&input, weight, bias)?, geometry.activation)?
+                    }
+                });
+                Ok(Activations { residual, input })
             }
-            (CapturePoint::MlpIn, MlpKind::Plain) => {
-                Some(b.activation(&b.linear(&input, weight, bias)?, geometry.activation)?)
+            CapturePoint::MlpHidden => {
+                Ok(Activations { residual: self.write(b, point, at)?, input: None })
             }
-            (CapturePoint::MlpHidden, _) => {
-                b.linear_add(&mut residual, &input, weight, bias)?;
-                None
-            }
+        }
+    }
+
+    /// Adds what the linears of `point`, a point that ends a half of the block, make of its input to
+    /// the residual stream.
+    ///
+    /// # Errors
+    /// Device failure; the input or the linears of `point` are absent.
+    pub fn write(
+        &self,
+        b: &B,
+        point: CapturePoint,
+        at: Activations<B>,
+    ) -> Result<B::Matrix, BackendError> {
+        let Activations { mut residual, input } = at;
+        let (input, linears) = self.ready(point, input)?;
+        if let Some(shortcut) = &self.shortcuts[point as usize] {
+            residual = b.linear(&residual, shortcut, None)?;
+        }
+        b.linear_add(&mut residual, &input, &linears.weight, linears.bias.as_ref())?;
+        Ok(residual)
+    }
+
+    /// Runs one of [`CapturePoint::HALVES`], from residual stream to residual stream.
+    ///
+    /// # Errors
+    /// Device failure; linears of the half are absent.
+    pub fn half(
+        &self,
+        b: &B,
+        geometry: &BlockGeometry,
+        [reads, writes]: [CapturePoint; 2],
+        residual: B::Matrix,
+        lens: &SequenceLens,
+    ) -> Result<B::Matrix, BackendError> {
+        let input = self.input_from_residual(b, reads, &residual)?;
+        let at = self.step(b, geometry, reads, Activations { residual, input }, lens)?;
+        self.write(b, writes, at)
+    }
+
+    /// The input and the linears of `point`, which must be there.
+    fn ready(
+        &self,
+        point: CapturePoint,
+        input: Option<B::Matrix>,
+    ) -> Result<(B::Matrix, &Linears<B>), BackendError> {
+        let absent = |what: &str| BackendError::Shape {
+            operation: "block step",
+            detail: format!("no {what} at {point:?}"),
         };
-        Ok(Activations { residual, input })
+        let input = input.ok_or_else(|| absent("input"))?;
+        let linears = self.linears[point as usize].as_ref().ok_or_else(|| absent("linears"))?;
+        Ok((input, linears))
     }
 
     /// Runs the whole block, showing the input of every capture point to `observe`.

@@ -91,6 +91,10 @@ impl CapturePoint {
     /// Every point, in the order in which a block reaches them.
     pub const ALL: [Self; 4] = [Self::AttnIn, Self::AttnOut, Self::MlpIn, Self::MlpHidden];
 
+    /// The attention and the MLP: where each reads the residual stream, and where it adds to it.
+    pub const HALVES: [[Self; 2]; 2] =
+        [[Self::AttnIn, Self::AttnOut], [Self::MlpIn, Self::MlpHidden]];
+
     /// The name in logs and reports.
     pub const fn name(self) -> &'static str {
         match self {

@@ -27,6 +27,7 @@ impl SliceJob<'_> {
         times: &mut PhaseTimes,
     ) -> Result<Vec<f64>> {
         let blocks = self.source.config().num_hidden_layers;
+        let [attn_half, mlp_half] = CapturePoint::HALVES;
         let mut stream = Stream::enter(b, self, times)?;
         let mut writer = SlicedWriter::create(b, self, directory)?;
         let mut kept = Vec::new();
@@ -34,9 +35,9 @@ impl SliceJob<'_> {
         writer.write_before_blocks(&attn, times)?;
         for block in 0..blocks {
             let loaded = self.load(b, block, times)?;
-            stream.advance(&loaded, CapturePoint::AttnIn, Some(CapturePoint::MlpIn), times)?;
+            stream.advance(&loaded, attn_half, times)?;
             let mlp = self.project(b, &mut stream, &mut kept, times)?;
-            stream.advance(&loaded, CapturePoint::MlpIn, None, times)?;
+            stream.advance(&loaded, mlp_half, times)?;
             let after = if block + 1 < blocks || self.slicing.recipe.head {
                 self.project(b, &mut stream, &mut kept, times)?
             } else {

@@ -67,10 +67,7 @@ impl SliceJob<'_> {
         for index in 0..self.source.config().num_hidden_layers {
             let mut dense = self.load(b, index, times)?;
             let mut sliced = pair.block(&dense, index, writer)?;
-            for [reads, writes] in [
-                [CapturePoint::AttnIn, CapturePoint::AttnOut],
-                [CapturePoint::MlpIn, CapturePoint::MlpHidden],
-            ] {
+            for [reads, writes] in CapturePoint::HALVES {
                 let fit = pair.read(times)?;
                 let start = Instant::now();
                 let first = dense.at(reads).next().map(|linear| linear.tensor.clone());
@@ -209,12 +206,8 @@ impl<'a, B: Backend> Pair<'a, B> {
         let project = Arc::clone(&self.project);
         let meet = |teacher: HostMatrix, student: HostActivations, lens: &SequenceLens| {
             let residual = b.onload(teacher)?;
-            let input = dense.block.input_from_residual(b, reads, &residual)?;
-            let mut at = Activations { residual, input };
-            for point in [reads, writes] {
-                at = dense.block.step(b, &geometry, point, at, lens)?;
-            }
-            let teacher = b.offload(at.residual)?;
+            let residual = dense.block.half(b, &geometry, [reads, writes], residual, lens)?;
+            let teacher = b.offload(residual)?;
 
             let residual = b.onload(student.residual)?;
             let input = sliced.input_from_residual(b, reads, &residual)?;
@@ -315,18 +308,16 @@ impl<'a, B: Backend> Pair<'a, B> {
         point: CapturePoint,
         times: &mut PhaseTimes,
     ) -> Result<()> {
-        let (b, geometry) = (self.b, &self.teacher.geometry);
-        let config = &self.job.slicing.model.config;
+        let (b, config) = (self.b, &self.job.slicing.model.config);
         for batch in 0..self.student.batches() {
             let start = Instant::now();
             let HostActivations { residual, input } = self.student.take(batch)?;
             let input = input.map(|input| b.onload(input)).transpose()?;
             let at = Activations { residual: b.onload(residual)?, input };
             let lens = self.student.lens(batch);
-            let at = block.step(b, geometry, point, at, lens)?;
+            let residual = b.offload(block.write(b, point, at)?)?;
             let arch = self.job.source.arch();
             let flops = forward_flops(arch, config, point, point as usize + 1, lens);
-            let residual = b.offload(at.residual)?;
             self.student.put(batch, HostActivations { residual, input: None })?;
             times.charge(Phase::Forward, start.elapsed().as_secs_f64(), flops);
         }

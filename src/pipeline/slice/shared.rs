@@ -50,14 +50,15 @@ impl SliceJob<'_> {
     /// it: before every attention and every MLP, and before the output matrix.
     fn covariance<B: Backend>(&self, b: &B, times: &mut PhaseTimes) -> Result<Covariance> {
         let config = self.source.config();
+        let [attn_half, mlp_half] = CapturePoint::HALVES;
         let mut stream = Stream::enter(b, self, times)?;
         let mut sum = Covariance::new(config.hidden_size);
         for block in 0..config.num_hidden_layers {
             let loaded = self.load(b, block, times)?;
             stream.observe_normalised(&mut sum, times)?;
-            stream.advance(&loaded, CapturePoint::AttnIn, Some(CapturePoint::MlpIn), times)?;
+            stream.advance(&loaded, attn_half, times)?;
             stream.observe_normalised(&mut sum, times)?;
-            stream.advance(&loaded, CapturePoint::MlpIn, None, times)?;
+            stream.advance(&loaded, mlp_half, times)?;
             self.source.release(block);
         }
         stream.observe_normalised(&mut sum, times)?;

@@ -15,7 +15,7 @@ use crate::{
     backend::{Backend, HostData, HostMatrix, SequenceLens},
     calibration::{CalibrationSet, HiddenStates, HostActivations},
     compress::slicegpt::Covariance,
-    model::{Activations, BlockGeometry, CapturePoint, ModelConfig},
+    model::{BlockGeometry, CapturePoint, ModelConfig},
 };
 
 /// Which rows of each batch count: padding and special tokens do not.
@@ -171,19 +171,18 @@ impl<'a, B: Backend> Stream<'a, B> {
         Ok(())
     }
 
-    /// Brings every batch from before `from` to before `to`, the end of the block when `None`.
+    /// Brings every batch across one of [`CapturePoint::HALVES`].
     ///
     /// # Errors
     /// The store of activations; device failure.
     pub(super) fn advance(
         &mut self,
         loaded: &LoadedBlock<B>,
-        from: CapturePoint,
-        to: Option<CapturePoint>,
+        half: [CapturePoint; 2],
         times: &mut PhaseTimes,
     ) -> Result<()> {
         let (b, geometry) = (self.b, &self.geometry);
-        let end = to.map_or(CapturePoint::ALL.len(), |point| point as usize);
+        let [reads, writes] = half;
         let batches: Vec<usize> = (0..self.hidden.batches()).collect();
         for group in batches.chunks(b.lanes()) {
             let taken = group
@@ -193,16 +192,12 @@ impl<'a, B: Backend> Stream<'a, B> {
             let start = Instant::now();
             let arrived = b.at_once(taken, |(lens, at)| -> Result<HostMatrix> {
                 let residual = b.onload(at.residual)?;
-                let input = loaded.block.input_from_residual(b, from, &residual)?;
-                let mut at = Activations { residual, input };
-                for &point in &CapturePoint::ALL[from as usize..end] {
-                    at = loaded.block.step(b, geometry, point, at, &lens)?;
-                }
-                Ok(b.offload(at.residual)?)
+                Ok(b.offload(loaded.block.half(b, geometry, half, residual, &lens)?)?)
             });
             let (arch, config) = (self.job.source.arch(), self.job.source.config());
             let lens = group.iter().map(|&batch| self.hidden.lens(batch));
-            let flops = lens.map(|lens| forward_flops(arch, config, from, end, lens)).sum();
+            let end = writes as usize + 1;
+            let flops = lens.map(|lens| forward_flops(arch, config, reads, end, lens)).sum();
             times.charge(Phase::Forward, start.elapsed().as_secs_f64(), flops);
             for (&batch, residual) in group.iter().zip(arrived) {
                 let activations = HostActivations { residual: residual?, input: None };
@@ -210,7 +205,7 @@ impl<'a, B: Backend> Stream<'a, B> {
                 self.job.progress.advance(1);
             }
         }
-        self.block += usize::from(to.is_none());
+        self.block += usize::from(writes == CapturePoint::MlpHidden);
         Ok(())
     }
 }
