@@ -3,6 +3,8 @@
 //! Only the lower triangle of `XᵀX` is computed. Threads take strips of rows of the result, never
 //! ranges of tokens, so each element's sum runs over the tokens in one fixed order.
 
+use std::ops::Range;
+
 use half::bf16;
 use rayon::prelude::*;
 
@@ -59,22 +61,29 @@ fn gram_bf16(isa: Isa, h: &mut [f32], x: &[bf16], d: usize) {
     if d == 0 {
         return;
     }
-    let x = Source::dense(x, x.len() / d, d);
-    for first in (0..x.rows).step_by(PACKED_TOKENS) {
-        let tokens = first..x.rows.min(first + PACKED_TOKENS);
-        let lines = pack::lines(tokens.len());
-        // Panels of X as right operand; transposed tile by tile one is the left operand.
-        let mut columns = Scratch::<Line>::take(d.div_ceil(BLOCK) * lines);
-        columns.par_chunks_mut(lines).enumerate().for_each(|(panel, columns)| {
-            let features = panel * BLOCK..(panel + 1) * BLOCK;
-            pack::columns(x.part(tokens.clone(), features), columns);
-        });
+    // Transposed tile by tile, a panel of the right operand is one of the left.
+    for_panels(Source::dense(x, x.len() / d, d), |_, columns, lines| {
         let strips = h.par_chunks_mut(BLOCK * d).enumerate().rev().with_max_len(1);
         strips.for_each_init(Vec::new, |a, (strip, h)| {
             let panels = &columns[..(strip + 1) * lines];
             let own = &columns[strip * lines..][..lines];
             add_strip(isa, own, panels, a, h, d);
         });
+    });
+}
+
+/// Packs `x` as right operand, some tokens at a time, and shows `use_panels` which tokens these are,
+/// their panels, and the lines of a panel.
+fn for_panels(x: Source<'_>, mut use_panels: impl FnMut(Range<usize>, &[Line], usize)) {
+    for first in (0..x.rows).step_by(PACKED_TOKENS) {
+        let tokens = first..x.rows.min(first + PACKED_TOKENS);
+        let lines = pack::lines(tokens.len());
+        let mut columns = Scratch::<Line>::take(x.cols.div_ceil(BLOCK) * lines);
+        columns.par_chunks_mut(lines).enumerate().for_each(|(panel, columns)| {
+            let features = panel * BLOCK..(panel + 1) * BLOCK;
+            pack::columns(x.part(tokens.clone(), features), columns);
+        });
+        use_panels(tokens, &columns, lines);
     }
 }
 
@@ -138,22 +147,16 @@ fn cross_f32(c: &mut [f32], a: &CpuMatrix, b: &CpuMatrix) {
 
 fn cross_bf16(isa: Isa, c: &mut [f32], a: Source<'_>, b: Source<'_>) {
     let cols = b.cols;
-    for first in (0..a.rows).step_by(PACKED_TOKENS) {
-        let tokens = first..a.rows.min(first + PACKED_TOKENS);
-        let lines = pack::lines(tokens.len());
-        let mut columns = Scratch::<Line>::take(cols.div_ceil(BLOCK) * lines);
-        columns.par_chunks_mut(lines).enumerate().for_each(|(panel, columns)| {
-            pack::columns(b.part(tokens.clone(), panel * BLOCK..(panel + 1) * BLOCK), columns);
-        });
+    for_panels(b, |tokens, columns, lines| {
         let strips = c.par_chunks_mut(BLOCK * cols).enumerate().with_max_len(1);
         strips.for_each_init(
             || (Scratch::<Line>::take(lines), Vec::new()),
             |(own, transposed), (strip, c)| {
                 pack::columns(a.part(tokens.clone(), strip * BLOCK..(strip + 1) * BLOCK), own);
-                add_strip(isa, own, &columns, transposed, c, cols);
+                add_strip(isa, own, columns, transposed, c, cols);
             },
         );
-    }
+    });
 }
 
 /// Multiplies each row with its factor.
