@@ -6,6 +6,8 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::{Child, Output, Stdio},
+    thread::sleep,
+    time::{Duration, Instant},
 };
 
 use serde_json::Value;
@@ -142,6 +144,46 @@ impl Command {
 /// A `convert` of `model` into `out`.
 pub(crate) fn convert(model: &Path, out: &Path) -> Command {
     Command::new("convert").arg(model).arg("-o").arg(out)
+}
+
+/// Finished blocks that the journal of an interrupted conversion has.
+pub(crate) fn checkpoints(out: &Path) -> usize {
+    let journal = fs::read(out.join(".work/journal.jsonl")).unwrap_or_default();
+    journal.split(|&byte| byte == b'\n').count() - 1
+}
+
+/// Waits until a run has `arrived`, which must be before it ends.
+#[track_caller]
+pub(crate) fn wait_until(child: &mut Child, arrived: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !arrived() {
+        assert!(start.elapsed() < Duration::from_mins(1), "never arrived");
+        assert!(child.try_wait().unwrap().is_none(), "finished before it arrived");
+        sleep(Duration::from_millis(2));
+    }
+}
+
+/// Kills the run of `command` into `out` when it has `arrived`.
+#[track_caller]
+pub(crate) fn kill_when(command: Command, out: &Path, arrived: impl Fn() -> bool) {
+    let mut child = command.spawn();
+    wait_until(&mut child, arrived);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    for finished in ["manifest.json", "model.safetensors", "model.spz"] {
+        assert!(!out.join(finished).exists(), "{finished}");
+    }
+}
+
+/// Resumes a killed conversion of the fixture model, which has four blocks, with the `command` that
+/// was killed: only the blocks that are left are done, and the files are those of `whole`.
+#[track_caller]
+pub(crate) fn assert_resumes(command: Command, out: &Path, whole: &Path) {
+    let done = checkpoints(out);
+    let ran = command.arg("--resume").succeeds();
+    let blocks = ran.stderr().matches("block done").count();
+    assert_eq!(blocks, 4 - done, "blocks after {done} checkpoints\n{}", ran.story());
+    assert_same_files(whole, out);
 }
 
 /// A finished run of the binary.

@@ -3,13 +3,13 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::Child,
-    thread::sleep,
-    time::{Duration, Instant},
 };
 
 use crate::{
-    harness::{Command, Dir, Ran, assert_same_files, convert, copy_dir, fixture},
+    harness::{
+        Command, Dir, Ran, assert_resumes, assert_same_files, checkpoints, convert, copy_dir,
+        fixture, kill_when, wait_until,
+    },
     malformed::SmallDisk,
 };
 
@@ -43,33 +43,10 @@ fn journal(out: &Path) -> PathBuf {
     out.join(".work/journal.jsonl")
 }
 
-fn lines(out: &Path) -> usize {
-    fs::read(journal(out))
-        .unwrap_or_default()
-        .split(|&byte| byte == b'\n')
-        .count()
-        .saturating_sub(1)
-}
-
-/// Waits until the journal has `count` lines.
-fn wait_for_lines(child: &mut Child, out: &Path, count: usize) {
-    let start = Instant::now();
-    while lines(out) < count {
-        assert!(start.elapsed() < Duration::from_mins(1), "no checkpoint {count}");
-        assert!(child.try_wait().unwrap().is_none(), "finished before checkpoint {count}");
-        sleep(Duration::from_millis(2));
-    }
-}
-
 /// Kills the run of `command` when the journal has `count` lines.
+#[track_caller]
 fn kill_at(command: Command, out: &Path, count: usize) {
-    let mut child = command.spawn();
-    wait_for_lines(&mut child, out, count);
-    child.kill().unwrap();
-    child.wait().unwrap();
-    assert!(!out.join("manifest.json").exists());
-    assert!(!out.join("model.safetensors").exists());
-    assert!(!out.join("model.spz").exists());
+    kill_when(command, out, || checkpoints(out) >= count);
 }
 
 /// A run of the fixture model, killed after `count` checkpoints.
@@ -93,11 +70,7 @@ fn a_killed_run_goes_on_to_the_same_bytes() {
     for count in 1..=3 {
         let out = dir.join(&format!("killed-{count}"));
         kill_at(slow(&fixture("model"), &out), &out, count);
-        let done = lines(&out);
-        let ran = slow(&fixture("model"), &out).arg("--resume").succeeds();
-        let blocks = ran.stderr().matches("block done").count();
-        assert_eq!(blocks, 4 - done, "blocks after {done} checkpoints\n{}", ran.story());
-        assert_same_files(&whole, &out);
+        assert_resumes(slow(&fixture("model"), &out), &out, &whole);
     }
 }
 
@@ -147,15 +120,11 @@ fn a_killed_compressed_run_goes_on_to_the_same_bytes() {
             _ => {}
         }
         fs::write(&part, bytes).unwrap();
-        let resume = || slow_as(&fixture("model"), &out, &["--format", "zst"]).arg("--resume");
+        let again = || slow_as(&fixture("model"), &out, &["--format", "zst"]);
         if count == 1 {
-            kill_at(resume(), &out, lines(&out) + 1);
+            kill_at(again().arg("--resume"), &out, checkpoints(&out) + 1);
         }
-        let done = lines(&out);
-        let ran = resume().succeeds();
-        let blocks = ran.stderr().matches("block done").count();
-        assert_eq!(blocks, 4 - done, "blocks after {done} checkpoints\n{}", ran.story());
-        assert_same_files(&whole, &out);
+        assert_resumes(again(), &out, &whole);
     }
 }
 
@@ -208,7 +177,7 @@ fn a_terminated_run_goes_on() {
     let dir = Dir::new();
     let out = dir.join("out");
     let mut child = slow(&fixture("model"), &out).spawn();
-    wait_for_lines(&mut child, &out, 1);
+    wait_until(&mut child, || checkpoints(&out) >= 1);
     let pid = child.id().to_string();
     // Not SIGINT: shells start background jobs, and so this test, with that one ignored.
     std::process::Command::new("kill").args(["-TERM", &pid]).status().unwrap();
@@ -238,10 +207,10 @@ fn fewer_threads_and_less_memory_may_change() {
 /// Expects a refusal that leaves the interrupted run as it was.
 #[track_caller]
 fn refused(command: Command, out: &Path, code: i32, parts: &[&str]) -> Ran {
-    let before = lines(out);
+    let before = checkpoints(out);
     let ran = command.fails(code);
     ran.says(parts);
-    assert_eq!(lines(out), before);
+    assert_eq!(checkpoints(out), before);
     ran
 }
 
@@ -345,7 +314,7 @@ fn a_disk_that_fills_up_can_be_emptied_and_the_run_goes_on() {
     let dir = Dir::new();
     let out = disk.join("out");
     let mut child = slow(&fixture("model"), &out).spawn();
-    wait_for_lines(&mut child, &out, 1);
+    wait_until(&mut child, || checkpoints(&out) >= 1);
     // Fills the disk; the error is the point.
     let _ = fs::write(disk.join("filler"), vec![1; SIZE as usize]);
     let ended = child.wait_with_output().unwrap();

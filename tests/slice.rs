@@ -4,9 +4,6 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::Child,
-    thread::sleep,
-    time::{Duration, Instant},
 };
 
 use serde_json::{Value, json};
@@ -15,8 +12,9 @@ use sparsepack::{model::ModelSource, pipeline::Manifest};
 use crate::{
     gguf::with_tokenizer,
     harness::{
-        CALIBRATION, Command, Dir, Ran, Tensor, assert_same_files, assert_same_files_but, convert,
-        copy_dir, fixture, noise, read_tensors, write_tensors,
+        CALIBRATION, Command, Dir, Ran, Tensor, assert_resumes, assert_same_files,
+        assert_same_files_but, checkpoints, convert, copy_dir, fixture, kill_when, noise,
+        read_tensors, write_tensors,
     },
 };
 
@@ -450,26 +448,6 @@ fn slow(basis: &str, out: &Path) -> Command {
     convert(&model(), out).args(SLOW).args(["--basis", basis]).args(prune).args(["--threads", "1"])
 }
 
-/// Kills the run when `arrived` says so.
-fn kill_when(command: Command, out: &Path, arrived: impl Fn() -> bool) {
-    let mut child: Child = command.spawn();
-    let start = Instant::now();
-    while !arrived() {
-        assert!(start.elapsed() < Duration::from_mins(1), "never arrived");
-        assert!(child.try_wait().unwrap().is_none(), "finished before it was killed");
-        sleep(Duration::from_millis(2));
-    }
-    child.kill().unwrap();
-    child.wait().unwrap();
-    assert!(!out.join("manifest.json").exists());
-    assert!(!out.join("model.safetensors").exists());
-}
-
-fn checkpoints(out: &Path) -> usize {
-    let journal = fs::read(out.join(".work/journal.jsonl")).unwrap_or_default();
-    journal.split(|&byte| byte == b'\n').count() - 1
-}
-
 #[test]
 fn a_run_killed_while_slicing_starts_again() {
     let dir = Dir::new();
@@ -502,11 +480,7 @@ fn a_run_killed_after_slicing_keeps_its_slice() {
                 kill_when(slow(basis, &out).arg("--resume"), &out, further);
                 assert_eq!(sliced, made(".work/slice.json"));
             }
-            let done = checkpoints(&out);
-            let ran = slow(basis, &out).arg("--resume").succeeds();
-            let blocks = ran.stderr().matches("block done").count();
-            assert_eq!(blocks, 4 - done, "{}", ran.story());
-            assert_same_files(&whole, &out);
+            assert_resumes(slow(basis, &out), &out, &whole);
         }
     }
 }
