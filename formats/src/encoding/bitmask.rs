@@ -20,7 +20,10 @@
 
 use std::ops::Range;
 
-use super::{Component, MatrixShape, dense, mask, row_scratch};
+use super::{
+    Component, MatrixShape, dense,
+    mask::{self, MaskedRows},
+};
 use crate::{DType, FormatError, Result};
 
 /// Rows from one offset to the next.
@@ -133,67 +136,6 @@ impl Codec<'_> {
         vec![vec![0; padding], vec![], offsets]
     }
 
-    /// Appends rows `rows` as bytes; `parts` are whole and of the right lengths.
-    ///
-    /// # Errors
-    /// [`FormatError::Encoding`] naming rows whose offsets and mask do not agree, whose mask has an
-    /// unused bit set, or values after the last that are not zero; `out` is then as it was.
-    pub(super) fn decode(
-        &self,
-        rows: Range<usize>,
-        parts: &[&[u8]],
-        out: &mut Vec<u8>,
-    ) -> Result<()> {
-        let (before, width) = (out.len(), self.dtype.size_bytes());
-        let result = self.decode_rows(rows, parts, |values, mask| {
-            let start = out.len();
-            // Row by row, so that the zeros `resize` writes are overwritten while they are in cache.
-            out.resize(start + self.matrix.cols * width, 0);
-            mask::spread(width, values, mask, &mut out[start..]);
-        });
-        if result.is_err() {
-            out.truncate(before);
-        }
-        result
-    }
-
-    /// Decodes rows `rows` of a float type to f32, row-major, into `out`.
-    ///
-    /// # Errors
-    /// As [`decode`](Self::decode); what `out` then holds is not specified.
-    pub(super) fn decode_f32(
-        &self,
-        rows: Range<usize>,
-        parts: &[&[u8]],
-        out: &mut [f32],
-    ) -> Result<()> {
-        let width = self.dtype.size_bytes();
-        let mut scratch = row_scratch(&rows, self.matrix.cols * width);
-        let mut out_rows = out.chunks_exact_mut(self.matrix.cols.max(1));
-        self.decode_rows(rows, parts, |values, mask| {
-            mask::spread(width, values, mask, &mut scratch);
-            if let Some(out) = out_rows.next() {
-                dense::to_f32(self.dtype, &scratch, out);
-            }
-        })
-    }
-
-    /// Shows values and mask of each row, once those of its 64 rows are known to agree.
-    fn decode_rows(
-        &self,
-        rows: Range<usize>,
-        parts: &[&[u8]],
-        mut show: impl FnMut(&[u8], &[u8]),
-    ) -> Result<()> {
-        let [values, masks, offsets] = parts else { return Ok(()) };
-        let width = self.dtype.size_bytes();
-        let end = rows.end;
-        self.each_row(rows, masks, offsets, |first, mask| {
-            show(&values[first * width..(first + mask::count(mask)) * width], mask);
-        })?;
-        if end == self.matrix.rows { self.check_end(values, offsets) } else { Ok(()) }
-    }
-
     /// Shows for each row the number of its first value and its mask, once those of its 64 rows are
     /// known to agree. All values are among the `kept` then.
     pub(super) fn each_row(
@@ -281,6 +223,28 @@ impl Codec<'_> {
 
     fn refuse(&self, suffix: &str, what: String) -> FormatError {
         FormatError::Encoding { name: format!("{}{suffix}", self.name), what }
+    }
+}
+
+impl MaskedRows for Codec<'_> {
+    fn row(&self) -> (DType, usize) {
+        (self.dtype, self.matrix.cols)
+    }
+
+    /// Values after the last that are not zero are refused too.
+    fn decode_rows(
+        &self,
+        rows: Range<usize>,
+        parts: &[&[u8]],
+        mut show: impl FnMut(&[u8], &[u8]),
+    ) -> Result<()> {
+        let [values, masks, offsets] = parts else { return Ok(()) };
+        let width = self.dtype.size_bytes();
+        let end = rows.end;
+        self.each_row(rows, masks, offsets, |first, mask| {
+            show(&values[first * width..(first + mask::count(mask)) * width], mask);
+        })?;
+        if end == self.matrix.rows { self.check_end(values, offsets) } else { Ok(()) }
     }
 }
 

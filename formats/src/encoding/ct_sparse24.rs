@@ -22,8 +22,8 @@ use std::ops::Range;
 
 use super::{
     Component, MatrixShape, dense,
-    mask::{self, gather, mark, spread},
-    row_scratch, sparse24,
+    mask::{self, MaskedRows, gather, mark},
+    sparse24,
 };
 use crate::{DType, FormatError, Result};
 
@@ -131,50 +131,11 @@ impl Codec<'_> {
     pub(super) fn finish(&self) -> Vec<Vec<u8>> {
         vec![vec![], vec![], shape_bytes(self.matrix)]
     }
+}
 
-    /// Appends rows `rows` as bytes; `parts` are whole and of the right lengths.
-    ///
-    /// # Errors
-    /// [`FormatError::Encoding`] naming row and columns of a group that does not keep two; `out` is
-    /// then as it was.
-    pub(super) fn decode(
-        &self,
-        rows: Range<usize>,
-        parts: &[&[u8]],
-        out: &mut Vec<u8>,
-    ) -> Result<()> {
-        let before = out.len();
-        let width = self.dtype.size_bytes();
-        let result = self.decode_rows(rows, parts, |values, bits| {
-            let start = out.len();
-            out.resize(start + self.matrix.cols * width, 0);
-            spread(width, values, bits, &mut out[start..]);
-        });
-        if result.is_err() {
-            out.truncate(before);
-        }
-        result
-    }
-
-    /// Decodes rows `rows` of a float type to f32, row-major, into `out`.
-    ///
-    /// # Errors
-    /// As [`decode`](Self::decode); what `out` then holds is not specified.
-    pub(super) fn decode_f32(
-        &self,
-        rows: Range<usize>,
-        parts: &[&[u8]],
-        out: &mut [f32],
-    ) -> Result<()> {
-        let width = self.dtype.size_bytes();
-        let mut scratch = row_scratch(&rows, self.matrix.cols * width);
-        let mut out_rows = out.chunks_exact_mut(self.matrix.cols.max(1));
-        self.decode_rows(rows, parts, |values, bits| {
-            spread(width, values, bits, &mut scratch);
-            if let Some(out) = out_rows.next() {
-                dense::to_f32(self.dtype, &scratch, out);
-            }
-        })
+impl MaskedRows for Codec<'_> {
+    fn row(&self) -> (DType, usize) {
+        (self.dtype, self.matrix.cols)
     }
 
     fn decode_rows(

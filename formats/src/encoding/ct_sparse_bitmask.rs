@@ -27,8 +27,7 @@ use super::{
     Component, MatrixShape,
     ct_sparse24::{check, check_shape, component, component_name, shape_bytes},
     dense,
-    mask::{self, gather, mark, spread},
-    row_scratch,
+    mask::{self, MaskedRows, gather, mark},
 };
 use crate::{DType, FormatError, Result};
 
@@ -117,53 +116,20 @@ impl Codec<'_> {
         vec![vec![], vec![], shape_bytes(self.matrix), vec![0; offsets]]
     }
 
-    /// Appends rows `rows` as bytes; `parts` are whole and of the right lengths.
-    ///
-    /// # Errors
-    /// [`FormatError::Encoding`] naming a row whose offsets and bits do not agree or that has an unused
-    /// bit set; `out` is then as it was.
-    pub(super) fn decode(
-        &self,
-        rows: Range<usize>,
-        parts: &[&[u8]],
-        out: &mut Vec<u8>,
-    ) -> Result<()> {
-        let before = out.len();
-        let width = self.dtype.size_bytes();
-        let result = self.decode_rows(rows, parts, |values, bits| {
-            let start = out.len();
-            out.resize(start + self.matrix.cols * width, 0);
-            spread(width, values, bits, &mut out[start..]);
-        });
-        if result.is_err() {
-            out.truncate(before);
+    fn refuse(&self, suffix: &str, row: usize, what: &str) -> FormatError {
+        FormatError::Encoding {
+            name: component_name(self.name, suffix),
+            what: format!("row {row}: {what}"),
         }
-        result
+    }
+}
+
+impl MaskedRows for Codec<'_> {
+    fn row(&self) -> (DType, usize) {
+        (self.dtype, self.matrix.cols)
     }
 
-    /// Decodes rows `rows` of a float type to f32, row-major, into `out`.
-    ///
-    /// # Errors
-    /// As [`decode`](Self::decode); what `out` then holds is not specified.
-    pub(super) fn decode_f32(
-        &self,
-        rows: Range<usize>,
-        parts: &[&[u8]],
-        out: &mut [f32],
-    ) -> Result<()> {
-        let width = self.dtype.size_bytes();
-        let mut scratch = row_scratch(&rows, self.matrix.cols * width);
-        let mut out_rows = out.chunks_exact_mut(self.matrix.cols.max(1));
-        self.decode_rows(rows, parts, |values, bits| {
-            spread(width, values, bits, &mut scratch);
-            if let Some(out) = out_rows.next() {
-                dense::to_f32(self.dtype, &scratch, out);
-            }
-        })
-    }
-
-    /// Shows values and bits of each row once they agree. Offsets that agree with the bits of every row
-    /// place each value exactly once.
+    /// Offsets that agree with the bits of every row place each value exactly once.
     fn decode_rows(
         &self,
         rows: Range<usize>,
@@ -203,13 +169,6 @@ impl Codec<'_> {
             show(&values[start * width..end * width], bits);
         }
         Ok(())
-    }
-
-    fn refuse(&self, suffix: &str, row: usize, what: &str) -> FormatError {
-        FormatError::Encoding {
-            name: component_name(self.name, suffix),
-            what: format!("row {row}: {what}"),
-        }
     }
 }
 

@@ -3,7 +3,65 @@
 //! Bit `c % 8` of byte `c / 8` stands for column `c`; unused bits of the last byte are 0. Elements
 //! are bytes without a meaning here: `N` bytes each, and zero is all of them zero.
 
-use crate::DType;
+use std::ops::Range;
+
+use super::{dense, row_scratch};
+use crate::{DType, Result};
+
+/// Rows that are stored as the values of the marked columns and a mask.
+pub(super) trait MaskedRows {
+    /// Element type and columns.
+    fn row(&self) -> (DType, usize);
+
+    /// Shows values and mask of each of `rows`, once they are known to agree; `parts` are whole and of
+    /// the right lengths.
+    ///
+    /// # Errors
+    /// [`FormatError::Encoding`](crate::FormatError::Encoding) naming the rows whose components do not
+    /// agree.
+    fn decode_rows(
+        &self,
+        rows: Range<usize>,
+        parts: &[&[u8]],
+        show: impl FnMut(&[u8], &[u8]),
+    ) -> Result<()>;
+
+    /// Appends rows `rows` as bytes.
+    ///
+    /// # Errors
+    /// As [`decode_rows`](Self::decode_rows); `out` is then as it was.
+    fn decode(&self, rows: Range<usize>, parts: &[&[u8]], out: &mut Vec<u8>) -> Result<()> {
+        let (dtype, cols) = self.row();
+        let (before, width) = (out.len(), dtype.size_bytes());
+        let result = self.decode_rows(rows, parts, |values, mask| {
+            let start = out.len();
+            // Row by row, so that the zeros `resize` writes are overwritten while they are in cache.
+            out.resize(start + cols * width, 0);
+            spread(width, values, mask, &mut out[start..]);
+        });
+        if result.is_err() {
+            out.truncate(before);
+        }
+        result
+    }
+
+    /// Decodes rows `rows` of a float type to f32, row-major, into `out`.
+    ///
+    /// # Errors
+    /// As [`decode_rows`](Self::decode_rows); what `out` then holds is not specified.
+    fn decode_f32(&self, rows: Range<usize>, parts: &[&[u8]], out: &mut [f32]) -> Result<()> {
+        let (dtype, cols) = self.row();
+        let width = dtype.size_bytes();
+        let mut scratch = row_scratch(&rows, cols * width);
+        let mut out_rows = out.chunks_exact_mut(cols.max(1));
+        self.decode_rows(rows, parts, |values, mask| {
+            spread(width, values, mask, &mut scratch);
+            if let Some(out) = out_rows.next() {
+                dense::to_f32(dtype, &scratch, out);
+            }
+        })
+    }
+}
 
 /// Elements that one mask byte stands for.
 const GROUP: usize = 8;

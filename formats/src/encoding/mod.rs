@@ -21,6 +21,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use mask::MaskedRows;
+
 pub use encoder::Encoder;
 pub use quantized::{IntGrid, Kept, QuantizedRows};
 pub use survey::Survey;
