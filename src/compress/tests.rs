@@ -91,6 +91,27 @@ impl Case {
         solve_one(b, &*solver(Some(method), None, self.options), layer, &mut statistic).unwrap()
     }
 
+    /// What `solver` makes of `weight`, a layer with the Hessian of this one.
+    fn solve_on(
+        &self,
+        b: &Cpu,
+        solver: &Obs,
+        weight: &[f32],
+        sparsity: Option<&str>,
+        grid: Option<Grid>,
+        keep_zeros: bool,
+    ) -> Vec<f32> {
+        let layer = Layer {
+            name: "layer".to_owned(),
+            weight: b.upload(weight, self.rows, self.cols).unwrap(),
+            sparsity: sparsity.map(|text| text.parse().unwrap()),
+            grid,
+            keep_zeros,
+        };
+        let mut statistic = self.statistic(b, StatKind::Hessian);
+        solve_one(b, solver, layer, &mut statistic).unwrap().0
+    }
+
     /// The sets of weights that compete with each other.
     fn contests(&self, method: Method, sparsity: Sparsity) -> Vec<(Range<usize>, Range<usize>)> {
         let (rows, cols) = (self.rows, self.cols);
@@ -421,16 +442,14 @@ fn pruning_and_rounding_together_beat_one_after_the_other() {
             for seed in 0..6 {
                 let case = Case::new(24, 128, 32, seed);
                 let solve = |weight: &[f32], sparsity: Option<&str>, grid, keep_zeros| {
-                    let layer = Layer {
-                        name: "layer".to_owned(),
-                        weight: b.upload(weight, case.rows, case.cols).unwrap(),
-                        sparsity: sparsity.map(|text| text.parse().unwrap()),
+                    case.solve_on(
+                        &b,
+                        &Obs::new(case.options, None),
+                        weight,
+                        sparsity,
                         grid,
                         keep_zeros,
-                    };
-                    let mut statistic = case.statistic(&b, StatKind::Hessian);
-                    let solver = Obs::new(case.options, None);
-                    solve_one(&b, &solver, layer, &mut statistic).unwrap().0
+                    )
                 };
                 let joint = solve(&case.weight, Some(sparsity), grid, false);
                 let pruned = solve(&case.weight, Some(sparsity), None, false);
@@ -461,17 +480,9 @@ fn activation_order_rounds_what_pruning_left() {
                 let case = Case::new(24, 128, 32, seed);
                 let solve =
                     |weight: &[f32], sparsity: Option<&str>, grid, keep_zeros, act_order| {
-                        let layer = Layer {
-                            name: "layer".to_owned(),
-                            weight: b.upload(weight, case.rows, case.cols).unwrap(),
-                            sparsity: sparsity.map(|text| text.parse().unwrap()),
-                            grid,
-                            keep_zeros,
-                        };
-                        let mut statistic = case.statistic(&b, StatKind::Hessian);
                         let options = SolverOptions { act_order, ..case.options };
                         let solver = Obs::new(options, pruner.filter(|_| sparsity.is_some()));
-                        solve_one(&b, &solver, layer, &mut statistic).unwrap().0
+                        case.solve_on(&b, &solver, weight, sparsity, grid, keep_zeros)
                     };
                 let both = solve(&case.weight, Some(sparsity), grid, false, true);
                 let pruned = solve(&case.weight, Some(sparsity), None, false, false);
