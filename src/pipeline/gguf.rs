@@ -84,7 +84,7 @@ pub(super) fn plan(
                 let wanted =
                     Wanted { own, pruned, scheme: layer.and_then(|layer| layer.block_type) };
                 let ty = choose(tensor, wanted, recipe, &mut fallbacks)?;
-                encoding_of(ty)
+                Encoding::from(ty)
             }
             None if is_gguf => tensor.encoding,
             None => Encoding::Dense { dtype: DType::F32 },
@@ -213,16 +213,6 @@ fn choose(
         )));
     }
     Ok(used)
-}
-
-/// Plain types are dense, as in the reader; the rest are quant blocks.
-fn encoding_of(ty: GgmlType) -> Encoding {
-    match ty {
-        GgmlType::F32 => Encoding::Dense { dtype: DType::F32 },
-        GgmlType::F16 => Encoding::Dense { dtype: DType::F16 },
-        GgmlType::BF16 => Encoding::Dense { dtype: DType::Bf16 },
-        _ => Encoding::Ggml { ty },
-    }
 }
 
 /// `general.file_type` by the type of most weights: llama.cpp's `llama_ftype`, the pure or small

@@ -159,6 +159,19 @@ pub struct Component {
     pub bytes: u64,
 }
 
+/// What a GGUF file stores as this type: plain float types are dense like in any other container, the
+/// rest are quant blocks.
+impl From<GgmlType> for Encoding {
+    fn from(ty: GgmlType) -> Self {
+        match ty {
+            GgmlType::F32 => Self::Dense { dtype: DType::F32 },
+            GgmlType::F16 => Self::Dense { dtype: DType::F16 },
+            GgmlType::BF16 => Self::Dense { dtype: DType::Bf16 },
+            _ => Self::Ggml { ty },
+        }
+    }
+}
+
 impl Encoding {
     /// The pieces a tensor of `shape` is stored as, in order.
     ///

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use super::header::{Header, TensorEntry};
 use super::split::Split;
 use crate::{
-    CheckpointReader, DType, Encoding, FormatError, GgmlType, MappedFile, ModelMetadata, Result,
-    TensorIndex, TensorInfo,
+    CheckpointReader, Encoding, FormatError, MappedFile, ModelMetadata, Result, TensorIndex,
+    TensorInfo,
 };
 
 /// Reads GGUF versions 2 and 3, little endian: one file, or the files of a split.
@@ -115,7 +115,7 @@ impl GgufReader {
                 alignment,
                 data_start,
             };
-            let encoding = encoding_of(entry.ty);
+            let encoding = Encoding::from(entry.ty);
             let (range, stored_bytes) = place.range(&entry, encoding)?;
             ranges.push(range);
             let TensorEntry { name, shape, .. } = entry;
@@ -185,16 +185,6 @@ impl CheckpointReader for GgufReader {
 
     fn release(&self, names: &[&str]) {
         self.places_of(names).for_each(|(file, range)| file.release(range));
-    }
-}
-
-/// Plain float types are dense like in any other container; the rest are quant blocks.
-fn encoding_of(ty: GgmlType) -> Encoding {
-    match ty {
-        GgmlType::F32 => Encoding::Dense { dtype: DType::F32 },
-        GgmlType::F16 => Encoding::Dense { dtype: DType::F16 },
-        GgmlType::BF16 => Encoding::Dense { dtype: DType::Bf16 },
-        _ => Encoding::Ggml { ty },
     }
 }
 
