@@ -72,13 +72,7 @@ impl MemoryBudget {
             .max(2 * config.intermediate_size) as u64;
         let batch_bytes =
             if calibrated { BATCHES_AT_ONCE * batch * (widest_output + 2 * hidden) * 4 } else { 0 };
-        Self {
-            hidden_bytes,
-            block_bytes,
-            statistics_bytes,
-            batch_bytes,
-            peak_bytes: hidden_bytes + block_bytes + statistics_bytes + batch_bytes + FIXED_BYTES,
-        }
+        Self::of_parts(hidden_bytes, block_bytes, statistics_bytes, batch_bytes)
     }
 
     /// The budget of slicing to `width` columns; `fits` when a sliced model runs beside the dense one.
@@ -108,13 +102,17 @@ impl MemoryBudget {
         let block_bytes = beside(weights, weights) + piece;
         let statistics_bytes = covariance.max(beside(0, sums));
         let batch_bytes = beside(batches, BATCHES_AT_ONCE * batch * (input + 2 * kept) * 4);
-        Self {
-            hidden_bytes,
-            block_bytes,
-            statistics_bytes,
-            batch_bytes,
-            peak_bytes: hidden_bytes + block_bytes + statistics_bytes + batch_bytes + FIXED_BYTES,
-        }
+        Self::of_parts(hidden_bytes, block_bytes, statistics_bytes, batch_bytes)
+    }
+
+    fn of_parts(
+        hidden_bytes: u64,
+        block_bytes: u64,
+        statistics_bytes: u64,
+        batch_bytes: u64,
+    ) -> Self {
+        let peak_bytes = hidden_bytes + block_bytes + statistics_bytes + batch_bytes + FIXED_BYTES;
+        Self { hidden_bytes, block_bytes, statistics_bytes, batch_bytes, peak_bytes }
     }
 
     /// The larger of two, which do not stand at the same time.
