@@ -412,17 +412,15 @@ const PAGE_BYTES: u64 = 4096;
 /// # Errors
 /// A file that cannot be read.
 pub(super) fn probe_source(source: &ModelSource) -> Result<Vec<SourceProbe>> {
-    let files = source.reader().files().into_iter();
-    files
-        .map(|path| {
-            let io =
-                |source| PipelineError::Io { path: path.to_owned(), action: "examine", source };
-            probe(path).map_err(io)
-        })
-        .collect()
+    let of_file = |path: &Path, file| {
+        let (bytes, pages) = probe(path).map_err(|source| unreadable(path, source))?;
+        Ok(SourceProbe { file, bytes, pages })
+    };
+    of_files(source, of_file)
 }
 
-fn probe(path: &Path) -> std::io::Result<SourceProbe> {
+/// Size and digest of the probed pages.
+fn probe(path: &Path) -> std::io::Result<(u64, Digest)> {
     let mut file = File::open(path)?;
     let bytes = file.metadata()?.len();
     let stride = (bytes / PROBE_PAGES).max(PAGE_BYTES);
@@ -431,8 +429,7 @@ fn probe(path: &Path) -> std::io::Result<SourceProbe> {
         file.seek(SeekFrom::Start(page * stride))?;
         (&mut file).take(PAGE_BYTES).read_to_end(&mut pages)?;
     }
-    let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    Ok(SourceProbe { file, bytes, pages: Digest::of(&pages) })
+    Ok((bytes, Digest::of(&pages)))
 }
 
 /// Name, size and digest of every file of a source.
@@ -440,14 +437,23 @@ fn probe(path: &Path) -> std::io::Result<SourceProbe> {
 /// # Errors
 /// A file that cannot be read.
 pub(super) fn source_digests(source: &ModelSource) -> Result<Vec<SourceFile>> {
+    let of_file = |path: &Path, file| {
+        let found = std::fs::metadata(path).map_err(|source| unreadable(path, source))?;
+        Ok(SourceFile { file, bytes: found.len(), sha256: Digest::of_file(path)? })
+    };
+    of_files(source, of_file)
+}
+
+/// What `of_file` says of every file of a source and its name.
+fn of_files<T>(
+    source: &ModelSource,
+    of_file: impl Fn(&Path, String) -> Result<T>,
+) -> Result<Vec<T>> {
     let files = source.reader().files().into_iter();
-    files
-        .map(|path| {
-            let io =
-                |source| PipelineError::Io { path: path.to_owned(), action: "examine", source };
-            let bytes = std::fs::metadata(path).map_err(io)?.len();
-            let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            Ok(SourceFile { file, bytes, sha256: Digest::of_file(path)? })
-        })
-        .collect()
+    let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    files.map(|path| of_file(path, name(path))).collect()
+}
+
+fn unreadable(path: &Path, source: std::io::Error) -> PipelineError {
+    PipelineError::Io { path: path.to_owned(), action: "examine", source }
 }
