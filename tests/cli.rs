@@ -450,6 +450,30 @@ fn a_manifest_is_a_recipe_that_reproduces_it() {
     assert_same_files(&first, &second);
 }
 
+/// A rule's method is as good a reason for a setting as the recipe's.
+#[test]
+fn settings_of_solvers_apply_where_one_layer_is_solved_so() {
+    let dir = Dir::new();
+    let solver = |rule: &str| {
+        let text = format!(
+            "[prune]\nmethod = 'magnitude'\nsparsity = '2:4'\n{rule}\
+             [calibration]\nfile = 'fixtures/text/calibration.txt'\nsamples = 2\nseq_len = 64\n"
+        );
+        let recipe = dir.write("recipe.toml", text);
+        let plan = Command::new("plan").arg(model()).arg("--recipe").arg(recipe);
+        plan.args(["--sequential", "block", "--json"])
+    };
+    let rule = |method: &str| format!("[[rule]]\ntargets = ['down_proj']\nmethod = '{method}'\n");
+    let sparsegpt = solver(&rule("sparsegpt")).args(["--damp", "0.2"]).succeeds().json();
+    let filled = serde_json::json!({
+        "sequential": "block", "damp": 0.2, "damping": "feature", "column_block": 128
+    });
+    assert_eq!(sparsegpt["recipe"]["solver"], filled);
+    let wanda = solver(&rule("wanda")).succeeds().json();
+    assert_eq!(wanda["recipe"]["solver"], serde_json::json!({ "sequential": "block" }));
+    solver("").fails(2).says(&["sequential is the order"]);
+}
+
 #[test]
 fn a_manifest_of_a_trial_reproduces_its_blocks() {
     let dir = Dir::new();
@@ -569,6 +593,14 @@ plan_errors! {
     budget_of_some_layers: ["--target-bits", "4", "--targets", "down_proj", "--format", "packed"];
     scales_without_quantize: ["--scales", "mse"];
     quantize_group_of_nothing: ["--quantize", "int4", "--group-size", "0", "--format", "packed"];
+    damp_without_hessian: [
+        "--quantize", "int4", "--quantizer", "rtn", "--damp", "0.1", "--format", "packed"
+    ];
+    damping_without_hessian: [
+        "--prune", "wanda", "--sparsity", "2:4", "--damping", "mean",
+        "--calibration", "fixtures/text/calibration.txt"
+    ];
+    sequential_without_inputs: ["--prune", "magnitude", "--sparsity", "2:4", "--sequential", "true"];
     quantize_act_order_to_nearest: [
         "--quantize", "int4", "--quantizer", "rtn", "--act-order", "--format", "packed"
     ];
@@ -608,6 +640,13 @@ recipe_errors! {
     recipe_bad_damp: "[prune]\nmethod = 'magnitude'\nsparsity = '2:4'\n[solver]\ndamp = 0.0\n";
     recipe_bad_level: "[output]\nformat = 'zst'\nlevel = 0\n";
     recipe_bad_column_block: "[prune]\nmethod = 'magnitude'\nsparsity = '2:4'\n[solver]\ncolumn_block = 0\n";
+    recipe_damp_of_nothing: "[solver]\ndamp = 0.1\n";
+    recipe_blocks_of_nothing: "[solver]\nblocks = '0..2'\n";
+    recipe_column_block_without_hessian:
+        "[prune]\nmethod = 'magnitude'\nsparsity = '2:4'\n[solver]\ncolumn_block = 64\n";
+    recipe_sequential_to_nearest:
+        "[quantize]\nscheme = 'int4'\nmethod = 'rtn'\n[solver]\nsequential = 'block'\n\
+         [output]\nformat = 'packed'\n";
     recipe_rule_without_prune: "[[rule]]\ntargets = ['down_proj']\ndense = true\n";
     recipe_rule_matches_nothing:
         "[prune]\nmethod = 'magnitude'\nsparsity = '2:4'\n\

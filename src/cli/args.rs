@@ -442,9 +442,9 @@ impl SolverArgs {
             budget_decides(&flags[1..=2])?;
         }
         let solver = &mut recipe.solver;
-        solver.sequential = self.sequential.unwrap_or(solver.sequential);
-        solver.damp = self.damp.unwrap_or(solver.damp);
-        solver.damping = self.damping.unwrap_or(solver.damping);
+        solver.sequential = self.sequential.or(solver.sequential);
+        solver.damp = self.damp.or(solver.damp);
+        solver.damping = self.damping.or(solver.damping);
         solver.blocks = self.blocks.clone().or(solver.blocks.take());
         let prune = recipe.prune.as_mut().map(|prune| (&mut prune.targets, &mut prune.ignore));
         let quantize = recipe.quantize.as_mut();

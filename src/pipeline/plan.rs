@@ -26,7 +26,8 @@ use crate::{
     compress::{Method, Scheme, SolverOptions, Sparsity, check_target},
     model::{CapturePoint, ModelSource, ModelTensor, Role, TensorKind},
     recipe::{
-        BlockRange, OutputFormat, OutputRecipe, Recipe, RecipeError, Sequential, WeightDType,
+        BlockRange, OutputFormat, OutputRecipe, Recipe, RecipeError, Sequential, SolverRecipe,
+        WeightDType,
     },
 };
 
@@ -258,6 +259,7 @@ impl ConversionPlan {
         let solver = solver_options(recipe)?;
         let (blocks, tables) = plan_layers(source, recipe, format)?;
         let needs = blocks.iter().map(BlockPlan::needs).max().unwrap_or(StatKind::None);
+        check_solver(recipe, needs)?;
         check_calibration(recipe, needs, config.max_position_embeddings)?;
         let level = archive::level(recipe, format)?;
         let archived = archive::source_files(source, recipe, format)?;
@@ -280,6 +282,7 @@ impl ConversionPlan {
         let mut resolved = recipe.clone();
         resolved.output.format = Some(format);
         resolved.output.level = level;
+        resolved.solver = resolved_solver(&recipe.solver, needs);
         let mut plan = Self {
             budget: MemoryBudget::new(source, &blocks, &recipe.calibration),
             flops: super::budget::conversion_flops(source, &blocks, &recipe.calibration),
@@ -287,7 +290,7 @@ impl ConversionPlan {
             slice: None,
             slicing: None,
             format,
-            sequential: recipe.solver.sequential,
+            sequential: recipe.solver.sequential.unwrap_or_default(),
             solver,
             blocks,
             tables,
@@ -502,19 +505,59 @@ fn plan_tables(source: &ModelSource, targets: &mut Targets<'_>) -> Result<Vec<Ta
 }
 
 fn solver_options(recipe: &Recipe) -> Result<SolverOptions> {
-    let solver = &recipe.solver;
-    if !(solver.damp.is_finite() && solver.damp > 0.0) {
-        return Err(contradiction(format!("damp is {} (expected a positive number)", solver.damp)));
+    let options = recipe.solver.options();
+    if !(options.damp.is_finite() && options.damp > 0.0) {
+        return Err(contradiction(format!(
+            "damp is {} (expected a positive number)",
+            options.damp
+        )));
     }
-    if solver.column_block == 0 {
+    if options.column_block == 0 {
         return Err(contradiction("column_block is 0 (expected at least 1)".into()));
     }
-    Ok(SolverOptions {
-        damp: solver.damp,
-        damping: solver.damping,
-        column_block: solver.column_block,
-        act_order: false,
-    })
+    Ok(options)
+}
+
+/// Refuses settings of solvers that no layer's method has.
+fn check_solver(recipe: &Recipe, needs: StatKind) -> Result<()> {
+    let solver = &recipe.solver;
+    if solver.blocks.is_some() && recipe.prune.is_none() && recipe.quantize.is_none() {
+        return Err(contradiction(
+            "blocks says where to prune and quantize, but neither is asked for".into(),
+        ));
+    }
+    if solver.sequential.is_some() && needs == StatKind::None {
+        return Err(contradiction(
+            "sequential is the order in which inputs of layers are captured, but no layer's method uses \
+             them (magnitude and rtn look at weights only)"
+                .into(),
+        ));
+    }
+    let of_hessian = [
+        ("damp", solver.damp.is_some()),
+        ("damping", solver.damping.is_some()),
+        ("column_block", solver.column_block.is_some()),
+    ];
+    match of_hessian.into_iter().find(|(_, given)| *given) {
+        Some((what, _)) if needs < StatKind::Hessian => Err(contradiction(format!(
+            "{what} is about the Hessian that sparsegpt and gptq solve with, but no layer is solved by \
+             either"
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// The settings of solvers that apply, with their defaults filled in.
+fn resolved_solver(solver: &SolverRecipe, needs: StatKind) -> SolverRecipe {
+    let options = solver.options();
+    let hessian = needs == StatKind::Hessian;
+    SolverRecipe {
+        blocks: solver.blocks.clone(),
+        sequential: (needs > StatKind::None).then(|| solver.sequential.unwrap_or_default()),
+        damp: hessian.then_some(options.damp),
+        damping: hessian.then_some(options.damping),
+        column_block: hessian.then_some(options.column_block),
+    }
 }
 
 /// Settings of the calibration that no text can have, or that nothing asks for.

@@ -186,27 +186,38 @@ impl BudgetRecipe {
     }
 }
 
-/// How layers are solved.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+/// How layers are solved. What no layer's method uses is refused.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct SolverRecipe {
     /// Only these decoder blocks, for trials; all by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub blocks: Option<BlockRange>,
-    /// Order of capture and solving inside a block.
-    pub sequential: Sequential,
-    /// Damping as a fraction of what `damping` says.
-    pub damp: f64,
-    /// Damping in proportion to each feature's entry of the Hessian's diagonal, or to their mean.
-    pub damping: Damping,
-    /// Columns between lazy updates.
-    pub column_block: usize,
+    /// Order of capture and solving inside a block, for methods that look at inputs; `true` by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sequential: Option<Sequential>,
+    /// Damping of the Hessian as a fraction of what `damping` says; 0.1 by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub damp: Option<f64>,
+    /// Damping in proportion to each feature's entry of the Hessian's diagonal, by default, or to their
+    /// mean.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub damping: Option<Damping>,
+    /// Columns between lazy updates of `sparsegpt` and `gptq`; 128 by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub column_block: Option<usize>,
 }
 
-impl Default for SolverRecipe {
-    fn default() -> Self {
-        let SolverOptions { damp, damping, column_block, .. } = SolverOptions::default();
-        Self { blocks: None, sequential: Sequential::default(), damp, damping, column_block }
+impl SolverRecipe {
+    /// What the solvers are told.
+    pub fn options(&self) -> SolverOptions {
+        let default = SolverOptions::default();
+        SolverOptions {
+            damp: self.damp.unwrap_or(default.damp),
+            damping: self.damping.unwrap_or(default.damping),
+            column_block: self.column_block.unwrap_or(default.column_block),
+            ..default
+        }
     }
 }
 
@@ -534,7 +545,7 @@ mod tests {
         )
         .unwrap();
         let prune = recipe.prune.as_ref().unwrap();
-        assert!((recipe.solver.damp - 0.1).abs() < f64::EPSILON);
+        assert_eq!((recipe.solver.damp, recipe.solver.options().column_block), (None, 128));
         assert_eq!(prune.targets, Selector::all_linears());
         let json = serde_json::to_string(&recipe).unwrap();
         assert_eq!(serde_json::from_str::<Recipe>(&json).unwrap(), recipe);

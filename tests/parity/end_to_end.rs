@@ -10,7 +10,7 @@ use std::{
 
 use sparsepack::{
     backend::{DeviceOptions, Precision, dispatch},
-    calibration::{CalibrationSet, Sampling, read_text},
+    calibration::{CalibrationSet, Sampling, StatKind, read_text},
     compress::{Damping, Method},
     eval::PerplexityJob,
     model::{ModelSource, Tokenizer},
@@ -61,11 +61,12 @@ impl Run {
 
     fn recipe(self) -> Recipe {
         let prune = PruneRecipe::new(self.method, self.sparsity.parse().unwrap());
-        // As the reference.
+        // As the reference, where it has such settings.
+        let (needs, hessian) = (self.method.needs(), self.method == Method::SparseGpt);
         let solver = SolverRecipe {
-            sequential: self.sequential,
-            damp: 0.01,
-            damping: Damping::Mean,
+            sequential: (needs > StatKind::None).then_some(self.sequential),
+            damp: hessian.then_some(0.01),
+            damping: hessian.then_some(Damping::Mean),
             ..SolverRecipe::default()
         };
         let mut calibration = CalibrationRecipe::default();
