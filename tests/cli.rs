@@ -592,6 +592,7 @@ plan_errors! {
     budget_beside_quantize: ["--target-bits", "4", "--quantize", "int4", "--format", "packed"];
     budget_of_some_layers: ["--target-bits", "4", "--targets", "down_proj", "--format", "packed"];
     scales_without_quantize: ["--scales", "mse"];
+    quantize_group_of_one: ["--quantize", "int4", "--group-size", "1", "--format", "packed"];
     quantize_group_of_nothing: ["--quantize", "int4", "--group-size", "0", "--format", "packed"];
     damp_without_hessian: [
         "--quantize", "int4", "--quantizer", "rtn", "--damp", "0.1", "--format", "packed"
@@ -647,6 +648,7 @@ recipe_errors! {
     recipe_sequential_to_nearest:
         "[quantize]\nscheme = 'int4'\nmethod = 'rtn'\n[solver]\nsequential = 'block'\n\
          [output]\nformat = 'packed'\n";
+    recipe_group_of_one: "[quantize]\nscheme = 'int4'\ngroup_size = 1\n";
     recipe_rule_without_prune: "[[rule]]\ntargets = ['down_proj']\ndense = true\n";
     recipe_rule_matches_nothing:
         "[prune]\nmethod = 'magnitude'\nsparsity = '2:4'\n\

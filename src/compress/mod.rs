@@ -17,7 +17,7 @@ pub use candidate::Candidate;
 pub use magnitude::Magnitude;
 pub use nearest::Nearest;
 pub use obs::{Obs, column_blocks, sweep_layer};
-pub use scheme::{Choice, GridOptions, GroupSize, ParseSchemeError, Scheme};
+pub use scheme::{Choice, GridOptions, GroupSize, ParseGroupSizeError, ParseSchemeError, Scheme};
 pub use slicegpt::{Basis, Correction};
 pub use sparsity::{ParseSparsityError, Sparsity};
 pub use wanda::Wanda;

@@ -114,14 +114,33 @@ impl fmt::Display for GroupSize {
     }
 }
 
+/// A group size that does not parse, or that no one wants.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ParseGroupSizeError {
+    /// Not a positive number, nor `channel`.
+    #[error("`{text}` is not a group size: write a number of columns or channel")]
+    Malformed {
+        /// What was written.
+        text: String,
+    },
+    /// A scale for every weight.
+    #[error(
+        "a group of 1 column has a scale for every weight, which takes more room than the weight \
+         itself: write 2 or more columns or channel"
+    )]
+    OneColumn,
+}
+
 impl FromStr for GroupSize {
-    type Err = String;
+    type Err = ParseGroupSizeError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         match (text, text.parse()) {
             ("channel", _) => Ok(Self::Channel),
+            (_, Ok(1)) => Err(ParseGroupSizeError::OneColumn),
             (_, Ok(columns)) if columns > 0 => Ok(Self::Columns(columns)),
-            _ => Err(format!("`{text}` is not a group size: write a number of columns or channel")),
+            _ => Err(ParseGroupSizeError::Malformed { text: text.to_owned() }),
         }
     }
 }
@@ -240,7 +259,11 @@ mod tests {
     fn a_group_is_a_number_or_the_whole_row() {
         assert_eq!("channel".parse(), Ok(GroupSize::Channel));
         assert_eq!("64".parse(), Ok(GroupSize::Columns(64)));
-        assert!("0".parse::<GroupSize>().is_err());
+        for text in ["0", "-1", "row", ""] {
+            let malformed = ParseGroupSizeError::Malformed { text: text.to_owned() };
+            assert_eq!(text.parse::<GroupSize>(), Err(malformed));
+        }
+        assert_eq!("1".parse::<GroupSize>(), Err(ParseGroupSizeError::OneColumn));
         let parsed: Vec<GroupSize> = serde_json::from_str(r#"[32, "64", "channel"]"#).unwrap();
         assert_eq!(parsed, [GroupSize::Columns(32), GroupSize::Columns(64), GroupSize::Channel]);
     }
