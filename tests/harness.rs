@@ -105,7 +105,8 @@ pub(crate) struct Command(std::process::Command);
 impl Command {
     pub(crate) fn new(name: &str) -> Self {
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_sparsepack"));
-        command.arg(name).current_dir(root()).stdin(Stdio::null());
+        // Tests mean the CPU, also where there is a GPU, unless they say otherwise.
+        command.arg(name).current_dir(root()).stdin(Stdio::null()).env("CUDA_VISIBLE_DEVICES", "");
         Self(command)
     }
 
@@ -116,6 +117,16 @@ impl Command {
 
     pub(crate) fn args<A: AsRef<OsStr>>(mut self, args: impl IntoIterator<Item = A>) -> Self {
         self.0.args(args);
+        self
+    }
+
+    pub(crate) fn env(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
+        self.0.env(name, value);
+        self
+    }
+
+    pub(crate) fn env_remove(mut self, name: &str) -> Self {
+        self.0.env_remove(name);
         self
     }
 

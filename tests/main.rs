@@ -4,6 +4,8 @@
 #![allow(clippy::print_stdout, reason = "tests print what they measure and what they skip")]
 
 mod cli;
+#[cfg(all(unix, feature = "cuda"))]
+mod cuda;
 mod foreign;
 mod gguf;
 mod harness;

@@ -9,12 +9,13 @@ use serde_json::{Map, Value};
 use sparsepack_formats::DType;
 
 use crate::harness::{
-    Command, Dir, Tensor, assert_same_files, convert, copy_dir, files, fixture, read_tensors,
-    write_tensors,
+    CALIBRATION, Command, Dir, Tensor, assert_same_files, convert, copy_dir, files, fixture,
+    read_tensors, write_tensors,
 };
 
 const MAGNITUDE: [&str; 4] = ["--prune", "magnitude", "--sparsity", "50%"];
 const UP: &str = "model.layers.1.mlp.up_proj.weight";
+const Q: &str = "model.layers.0.self_attn.q_proj.weight";
 
 /// A model to break, in its own directory, and where its conversion would go.
 struct Broken {
@@ -443,4 +444,15 @@ fn full_disk_is_noticed_before_work_starts() {
     let ran = convert(&fixture("model"), &out).args(MAGNITUDE).fails(1);
     ran.says(&["bytes are needed but only 1048576 are free", out.to_str().unwrap()]);
     assert!(!out.exists());
+}
+
+#[test]
+fn weights_that_overflow_when_solved() {
+    let broken = Broken::tiny();
+    (0..32).for_each(|column| broken.poison(Q, 3 * 32 + column, 3e38));
+    let args = ["--prune", "sparsegpt", "--sparsity", "2:4"];
+    let args: Vec<&str> = args.into_iter().chain(CALIBRATION).collect();
+    let parts =
+        ["model.layers.0.self_attn.q_proj", "1 rows have NaN or infinite weights after solving"];
+    broken.refuses(1, &args, &parts);
 }

@@ -55,7 +55,9 @@ pub enum BackendError {
         purpose: &'static str,
     },
     /// The device has too little memory.
-    #[error("{device} has no {wanted} bytes for {operation}: {free} of {total} bytes are free")]
+    #[error(
+        "{device} has no {wanted} bytes for {operation}: {free} of {total} bytes are free; a shorter --seq-len needs less, and --device cpu none"
+    )]
     OutOfMemory {
         /// The device.
         device: String,

@@ -65,6 +65,17 @@ pub trait Storage: Sized + Send + Sync {
     /// `(rows, cols)`.
     fn shape(&self, matrix: &Self::Matrix) -> (usize, usize);
 
+    /// Bytes of memory that a matrix takes.
+    fn bytes(matrix: &Self::Matrix) -> u64;
+
+    /// Bytes of the device's own memory that nothing uses; `None` where its memory is the host's.
+    ///
+    /// # Errors
+    /// Device failure.
+    fn free_memory(&self) -> Result<Option<u64>> {
+        Ok(None)
+    }
+
     /// Moves a matrix to host memory with its element type unchanged.
     ///
     /// # Errors

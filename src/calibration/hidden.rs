@@ -1,22 +1,73 @@
-//! The activations of the whole calibration set between two passes, held on the host.
+//! The activations of the whole calibration set between two passes.
 //!
-//! A pass takes one batch at a time, computes on it and puts it back, so the device never holds
-//! more than one batch. In memory by default; in an unnamed temporary file when the caller's budget
-//! is too small. Invariant: a batch that was taken must be put back before the next pass.
+//! A pass takes one batch at a time, computes on it and puts it back. Between passes a batch stays on the
+//! device while the device has room for it, else in host memory, or in an unnamed temporary file when the
+//! caller's budget is too small. Invariant: a batch that was taken must be put back before the next pass.
 
 use std::{fs::File, path::Path};
 
 use half::bf16;
 
-use crate::backend::{HostData, HostMatrix, SequenceLens};
+use crate::backend::{BackendError, HostData, HostMatrix, SequenceLens, Storage};
 
-/// Activations of one batch on the host.
+/// A matrix between two passes.
 #[derive(Debug)]
-pub struct HostActivations {
+pub enum Parked<B: Storage> {
+    /// Where it was computed.
+    Device(B::Matrix),
+    /// In host memory.
+    Host(HostMatrix),
+}
+
+impl<B: Storage> Parked<B> {
+    /// The matrix on the device.
+    ///
+    /// # Errors
+    /// Out of device memory.
+    pub fn onload(self, b: &B) -> Result<B::Matrix, BackendError> {
+        match self {
+            Self::Device(matrix) => Ok(matrix),
+            Self::Host(matrix) => b.onload(matrix),
+        }
+    }
+
+    /// A copy on the device.
+    ///
+    /// # Errors
+    /// Out of device memory.
+    pub fn copy(&self, b: &B) -> Result<B::Matrix, BackendError> {
+        match self {
+            Self::Device(matrix) => b.duplicate(matrix),
+            Self::Host(matrix) => b.onload(matrix.clone()),
+        }
+    }
+
+    /// The matrix in host memory.
+    ///
+    /// # Errors
+    /// Device failure.
+    pub fn offload(self, b: &B) -> Result<HostMatrix, BackendError> {
+        match self {
+            Self::Device(matrix) => b.offload(matrix),
+            Self::Host(matrix) => Ok(matrix),
+        }
+    }
+}
+
+/// Activations of one batch between two passes.
+#[derive(Debug)]
+pub struct Kept<B: Storage> {
     /// The residual stream `[tokens, hidden]`, f32.
-    pub residual: HostMatrix,
+    pub residual: Parked<B>,
     /// Input of the linears at the current capture point, where it was kept.
-    pub input: Option<HostMatrix>,
+    pub input: Option<Parked<B>>,
+}
+
+impl<B: Storage> Kept<B> {
+    /// A residual stream alone, in host memory.
+    pub fn on_host(residual: HostMatrix) -> Self {
+        Self { residual: Parked::Host(residual), input: None }
+    }
 }
 
 /// Why activations could not be kept.
@@ -33,6 +84,9 @@ pub enum HiddenError {
         /// The system's reason.
         source: std::io::Error,
     },
+    /// The device failed.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
     /// A batch was taken twice: a defect of the caller.
     #[error("batch {batch} is not in the store")]
     Taken {
@@ -43,15 +97,17 @@ pub enum HiddenError {
 
 /// The store.
 #[derive(Debug)]
-pub struct HiddenStates {
+pub struct HiddenStates<B: Storage> {
     lens: Vec<SequenceLens>,
-    slots: Vec<Option<Slot>>,
+    slots: Vec<Option<Slot<B>>>,
+    /// Bytes of device memory that activations may still take.
+    room: u64,
     spill: Option<Spill>,
 }
 
 #[derive(Debug)]
-enum Slot {
-    Memory(HostActivations),
+enum Slot<B: Storage> {
+    Memory(Kept<B>),
     Spilled { residual: Extent, input: Option<Extent> },
 }
 
@@ -73,11 +129,12 @@ struct Spill {
     batch_bytes: u64,
 }
 
-impl HiddenStates {
-    /// An empty store for batches with these sequence lengths, kept in memory.
-    pub fn in_memory(lens: Vec<SequenceLens>) -> Self {
+impl<B: Storage> HiddenStates<B> {
+    /// An empty store for batches with these sequence lengths, kept in memory: `room` bytes of them on
+    /// the device.
+    pub fn in_memory(lens: Vec<SequenceLens>, room: u64) -> Self {
         let slots = lens.iter().map(|_| None).collect();
-        Self { lens, slots, spill: None }
+        Self { lens, slots, room, spill: None }
     }
 
     /// An empty store that keeps activations in an unnamed temporary file in `dir`. `hidden` and
@@ -99,7 +156,7 @@ impl HiddenStates {
         let longest = lens.iter().map(SequenceLens::tokens).max().unwrap_or(0) as u64;
         let residual_bytes = longest * hidden as u64 * 4;
         let batch_bytes = residual_bytes + longest * widest_input as u64 * 4;
-        let mut store = Self::in_memory(lens);
+        let mut store = Self::in_memory(lens, 0);
         store.spill = Some(Spill { dir: dir.to_owned(), file, residual_bytes, batch_bytes });
         Ok(store)
     }
@@ -123,35 +180,58 @@ impl HiddenStates {
     ///
     /// # Errors
     /// The spill file cannot be read; the batch is not there.
-    pub fn take(&mut self, batch: usize) -> Result<HostActivations, HiddenError> {
+    pub fn take(&mut self, batch: usize) -> Result<Kept<B>, HiddenError> {
         match (self.slots[batch].take(), &self.spill) {
-            (Some(Slot::Memory(activations)), _) => Ok(activations),
-            (Some(Slot::Spilled { residual, input }), Some(spill)) => Ok(HostActivations {
-                residual: spill.read(residual)?,
-                input: input.map(|extent| spill.read(extent)).transpose()?,
+            (Some(Slot::Memory(kept)), _) => {
+                let parked = std::iter::once(&kept.residual).chain(&kept.input);
+                self.room += parked.map(device_bytes).sum::<u64>();
+                Ok(kept)
+            }
+            (Some(Slot::Spilled { residual, input }), Some(spill)) => Ok(Kept {
+                residual: Parked::Host(spill.read(residual)?),
+                input: input.map(|extent| spill.read(extent)).transpose()?.map(Parked::Host),
             }),
             _ => Err(HiddenError::Taken { batch }),
         }
     }
 
-    /// Puts a batch back.
+    /// Puts a batch back, where there is room for it: the residual stream first.
     ///
     /// # Errors
-    /// The spill file cannot be written.
-    pub fn put(&mut self, batch: usize, activations: HostActivations) -> Result<(), HiddenError> {
+    /// The spill file cannot be written; device failure.
+    pub fn put(&mut self, b: &B, batch: usize, kept: Kept<B>) -> Result<(), HiddenError> {
+        let residual = self.place(b, kept.residual)?;
+        let input = kept.input.map(|input| self.place(b, input)).transpose()?;
         self.slots[batch] = Some(match &self.spill {
-            None => Slot::Memory(activations),
+            None => Slot::Memory(Kept { residual, input }),
             Some(spill) => {
                 let start = batch as u64 * spill.batch_bytes;
-                let residual = spill.write(start, &activations.residual)?;
-                let input = activations
-                    .input
-                    .map(|input| spill.write(start + spill.residual_bytes, &input))
+                let residual = spill.write(start, &residual.offload(b)?)?;
+                let input = input
+                    .map(|input| spill.write(start + spill.residual_bytes, &input.offload(b)?))
                     .transpose()?;
                 Slot::Spilled { residual, input }
             }
         });
         Ok(())
+    }
+
+    /// Leaves a matrix on the device, or moves it to the host where it would take more than the room.
+    fn place(&mut self, b: &B, parked: Parked<B>) -> Result<Parked<B>, HiddenError> {
+        let bytes = device_bytes(&parked);
+        if bytes <= self.room {
+            self.room -= bytes;
+            return Ok(parked);
+        }
+        Ok(Parked::Host(parked.offload(b)?))
+    }
+}
+
+/// Bytes that a matrix takes on the device.
+fn device_bytes<B: Storage>(parked: &Parked<B>) -> u64 {
+    match parked {
+        Parked::Device(matrix) => B::bytes(matrix),
+        Parked::Host(_) => 0,
     }
 }
 
@@ -221,30 +301,64 @@ mod positioned {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::{Precision, cpu::Cpu};
 
-    fn batch(value: f32) -> HostActivations {
+    const RESIDUAL: usize = 3 * 2 * 4;
+
+    fn batch(value: f32) -> Kept<Cpu> {
         let residual = HostMatrix { rows: 3, cols: 2, data: HostData::F32(vec![value; 6]) };
         let input = HostMatrix { rows: 3, cols: 4, data: HostData::Bf16(vec![bf16::ONE; 12]) };
-        HostActivations { residual, input: Some(input) }
+        Kept { input: Some(Parked::Host(input)), ..Kept::on_host(residual) }
+    }
+
+    fn assert_same(b: &Cpu, found: Kept<Cpu>, expected: Kept<Cpu>) {
+        assert_eq!(found.residual.offload(b).unwrap(), expected.residual.offload(b).unwrap());
+        let inputs = [found.input, expected.input].map(|input| input.unwrap().offload(b).unwrap());
+        assert_eq!(inputs[0], inputs[1]);
     }
 
     #[test]
     fn memory_and_spill_return_what_was_put() {
+        let b = &Cpu::new(Precision::F32, Some(1)).unwrap();
         let lens = vec![SequenceLens::new(vec![3]), SequenceLens::new(vec![2, 1])];
         let dir = tempfile::tempdir().unwrap();
         let spilled = HiddenStates::spilled(lens.clone(), dir.path(), 2, 4).unwrap();
-        for mut store in [HiddenStates::in_memory(lens), spilled] {
+        for mut store in [HiddenStates::in_memory(lens, 0), spilled] {
             assert_eq!(store.sequences(), 3);
             for index in 0..2 {
-                store.put(index, batch(index as f32)).unwrap();
+                store.put(b, index, batch(index as f32)).unwrap();
             }
             for index in [1, 0] {
-                let back = store.take(index).unwrap();
-                assert_eq!(back.residual, batch(index as f32).residual);
-                assert_eq!(back.input, batch(0.0).input);
+                assert_same(b, store.take(index).unwrap(), batch(index as f32));
                 let error = store.take(index).unwrap_err();
                 assert!(matches!(error, HiddenError::Taken { batch } if batch == index));
             }
         }
+    }
+
+    #[test]
+    fn what_fits_stays_on_the_device_and_gives_its_room_back() {
+        let b = &Cpu::new(Precision::F32, Some(1)).unwrap();
+        let lens = vec![SequenceLens::new(vec![3]); 2];
+        let mut store = HiddenStates::in_memory(lens, RESIDUAL as u64 + 8);
+        let on_device = || {
+            let Kept { residual, input } = batch(1.0);
+            let device = |parked: Parked<Cpu>| Parked::Device(parked.onload(b).unwrap());
+            Kept { residual: device(residual), input: input.map(device) }
+        };
+        // One residual stream fits; its input, and what comes after, does not.
+        for index in 0..2 {
+            store.put(b, index, on_device()).unwrap();
+        }
+        for round in 0..2 {
+            let first = store.take(0).unwrap();
+            assert!(matches!(first.residual, Parked::Device(_)), "{round}");
+            assert!(matches!(first.input, Some(Parked::Host(_))), "{round}");
+            assert_same(b, first, batch(1.0));
+            store.put(b, 0, on_device()).unwrap();
+        }
+        let second = store.take(1).unwrap();
+        assert!(matches!(second.residual, Parked::Host(_)));
+        assert_same(b, second, batch(1.0));
     }
 }

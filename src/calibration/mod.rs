@@ -5,5 +5,5 @@ mod hidden;
 mod statistics;
 
 pub use dataset::{CalibrationSet, DatasetError, Sampling, read_text};
-pub use hidden::{HiddenError, HiddenStates, HostActivations};
+pub use hidden::{HiddenError, HiddenStates, Kept, Parked};
 pub use statistics::{StatKind, Statistic};

@@ -477,6 +477,12 @@ pub(super) fn plan(
         bytes(budget.statistics_bytes),
         bytes(budget.batch_bytes)
     )?;
+    writeln!(
+        text,
+        "  on a GPU        {} of its memory, and up to {} more for activations where they fit",
+        bytes(budget.device_bytes),
+        bytes(budget.hidden_bytes)
+    )?;
     writeln!(text, "  arithmetic      {:.3e} FLOP", plan.flops)?;
     if let Some(seconds) = seconds {
         writeln!(text, "  time            about {:.0} s on this machine", seconds.max(1.0))?;

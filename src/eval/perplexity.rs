@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::LmHead;
 use crate::{
     backend::{Backend, BackendJob, HostData, HostMatrix, SequenceLens},
-    calibration::{HiddenStates, HostActivations},
+    calibration::{HiddenStates, Kept, Parked},
     model::{BlockGeometry, ModelSource, embed},
     pipeline::{LoadedBlock, PipelineError, Progress, Result},
 };
@@ -55,14 +55,17 @@ impl BackendJob for PerplexityJob<'_> {
         let window = self.windows.first().map_or(0, Vec::len);
         let geometry = BlockGeometry::new(source.arch(), config, window);
         let lens = self.windows.iter().map(|ids| SequenceLens::new(vec![ids.len()])).collect();
-        let mut hidden = HiddenStates::in_memory(lens);
+        // On a device with memory of its own, blocks, the head and logits take the other half.
+        let room = b.free_memory()?.map_or(0, |free| free / 2);
+        let mut hidden = HiddenStates::in_memory(lens, room);
         for (index, ids) in self.windows.iter().enumerate() {
             let residual = HostMatrix {
                 rows: ids.len(),
                 cols: config.hidden_size,
                 data: HostData::F32(embed(source, ids)?),
             };
-            hidden.put(index, HostActivations { residual, input: None })?;
+            let residual = Parked::Device(b.onload(residual)?);
+            hidden.put(b, index, Kept { residual, input: None })?;
         }
         self.progress.start((config.num_hidden_layers as u64 + 1) * self.windows.len() as u64);
         for block in 0..config.num_hidden_layers {
@@ -71,7 +74,7 @@ impl BackendJob for PerplexityJob<'_> {
             loaded.install_all(b)?;
             for index in 0..hidden.batches() {
                 let lens = hidden.lens(index).clone();
-                let residual = b.onload(hidden.take(index)?.residual)?;
+                let residual = hidden.take(index)?.residual.onload(b)?;
                 let residual = loaded.block.forward::<PipelineError>(
                     b,
                     &geometry,
@@ -79,8 +82,7 @@ impl BackendJob for PerplexityJob<'_> {
                     &lens,
                     |_, _| Ok(()),
                 )?;
-                let residual = b.offload(residual)?;
-                hidden.put(index, HostActivations { residual, input: None })?;
+                hidden.put(b, index, Kept { residual: Parked::Device(residual), input: None })?;
                 self.progress.advance(1);
             }
             source.release(block);
@@ -102,12 +104,16 @@ impl BackendJob for PerplexityJob<'_> {
 
 impl PerplexityJob<'_> {
     /// Sum over all windows of the negative log-likelihood of tokens 2..n.
-    fn negative_log_likelihood<B: Backend>(&self, b: &B, mut hidden: HiddenStates) -> Result<f64> {
+    fn negative_log_likelihood<B: Backend>(
+        &self,
+        b: &B,
+        mut hidden: HiddenStates<B>,
+    ) -> Result<f64> {
         let (source, width) = (self.source, self.source.config().exit_width());
         let head = LmHead::load(b, source)?;
         let mut sum = 0.0;
         for (index, ids) in self.windows.iter().enumerate() {
-            let HostMatrix { data, .. } = hidden.take(index)?.residual;
+            let HostMatrix { data, .. } = hidden.take(index)?.residual.offload(b)?;
             let HostData::F32(values) = data else { continue };
             // The last token predicts nothing.
             let predicting = values.chunks(width).len().min(ids.len()) - 1;

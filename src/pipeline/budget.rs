@@ -35,6 +35,9 @@ pub struct MemoryBudget {
     pub batch_bytes: u64,
     /// All of it, and what no formula counts.
     pub peak_bytes: u64,
+    /// What a GPU needs of its own memory: a block, a Hessian with its factorisation, and one batch.
+    /// Activations stay there too where they fit beside it.
+    pub device_bytes: u64,
 }
 
 impl MemoryBudget {
@@ -72,7 +75,18 @@ impl MemoryBudget {
             .max(2 * config.intermediate_size) as u64;
         let batch_bytes =
             if calibrated { BATCHES_AT_ONCE * batch * (widest_output + 2 * hidden) * 4 } else { 0 };
-        Self::of_parts(hidden_bytes, block_bytes, statistics_bytes, batch_bytes)
+        let layers = blocks.iter().flat_map(|block| &block.layers);
+        let layer = layers.map(|layer| (layer.rows * layer.cols) as u64).max().unwrap_or(0);
+        let stage = CapturePoint::ALL.map(|point| stage_weights(source.arch(), config, point));
+        let stage = if loaded { stage.into_iter().max().unwrap_or(0) } else { 0 };
+        // The block in the layout for products, the layers of a point as they are solved, and one
+        // layer's copies: dense, pruned, rounded, and two for its error.
+        let device_weights = if loaded { 4 * (block_weights + stage + 5 * layer) } else { 0 };
+        // f32 Hessian and factor, one f64 matrix while factorising.
+        let device_bytes =
+            device_weights + features * features * (4 + 4 + 8) + batch_bytes / BATCHES_AT_ONCE;
+        let host = Self::of_parts(hidden_bytes, block_bytes, statistics_bytes, batch_bytes);
+        Self { device_bytes, ..host }
     }
 
     /// The budget of slicing to `width` columns; `fits` when a sliced model runs beside the dense one.
@@ -105,14 +119,16 @@ impl MemoryBudget {
         Self::of_parts(hidden_bytes, block_bytes, statistics_bytes, batch_bytes)
     }
 
+    /// With as much of a GPU's memory as of the host's for all but the activations.
     fn of_parts(
         hidden_bytes: u64,
         block_bytes: u64,
         statistics_bytes: u64,
         batch_bytes: u64,
     ) -> Self {
-        let peak_bytes = hidden_bytes + block_bytes + statistics_bytes + batch_bytes + FIXED_BYTES;
-        Self { hidden_bytes, block_bytes, statistics_bytes, batch_bytes, peak_bytes }
+        let device_bytes = block_bytes + statistics_bytes + batch_bytes;
+        let peak_bytes = hidden_bytes + device_bytes + FIXED_BYTES;
+        Self { hidden_bytes, block_bytes, statistics_bytes, batch_bytes, peak_bytes, device_bytes }
     }
 
     /// The larger of two, which do not stand at the same time.

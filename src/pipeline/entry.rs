@@ -5,7 +5,7 @@ use std::path::Path;
 use super::{budget::MemoryBudget, error::Result};
 use crate::{
     backend::{Backend, HostData, HostMatrix, SequenceLens},
-    calibration::{CalibrationSet, HiddenStates, HostActivations},
+    calibration::{CalibrationSet, HiddenStates, Kept, Parked},
     model::{ModelConfig, ModelSource, embed},
 };
 
@@ -23,21 +23,25 @@ pub(super) fn batch_lens(set: &CalibrationSet) -> Vec<SequenceLens> {
         .collect()
 }
 
-/// Room for the activations of every window: in memory, or in a temporary file in `directory` where the
-/// planned peak is above `limit` bytes.
+/// Room for the activations of every window: in memory, that of the device as far as it goes beside what
+/// else the device needs, or in a temporary file in `directory` where the planned peak is above `limit`
+/// bytes.
 ///
 /// # Errors
-/// A file that cannot be made.
-pub(super) fn store(
+/// A file that cannot be made; device failure.
+pub(super) fn store<B: Backend>(
+    b: &B,
     set: &CalibrationSet,
     config: &ModelConfig,
     budget: &MemoryBudget,
     limit: Option<u64>,
     directory: &Path,
-) -> Result<HiddenStates> {
+) -> Result<HiddenStates<B>> {
     let lens = batch_lens(set);
     if limit.is_none_or(|limit| budget.peak_bytes <= limit) {
-        return Ok(HiddenStates::in_memory(lens));
+        let free = b.free_memory()?;
+        let room = free.map_or(0, |free| free.saturating_sub(budget.device_bytes));
+        return Ok(HiddenStates::in_memory(lens, room));
     }
     tracing::info!(
         bytes = budget.hidden_bytes,
@@ -56,7 +60,7 @@ pub(super) fn embed_windows<B: Backend>(
     b: &B,
     source: &ModelSource,
     set: &CalibrationSet,
-    hidden: &mut HiddenStates,
+    hidden: &mut HiddenStates<B>,
 ) -> Result<()> {
     let mut windows = set.ids.iter();
     for batch in 0..hidden.batches() {
@@ -67,8 +71,8 @@ pub(super) fn embed_windows<B: Backend>(
         }
         let (rows, cols) = (hidden.lens(batch).tokens(), source.config().hidden_size);
         let residual = HostMatrix { rows, cols, data: HostData::F32(values) };
-        let residual = b.offload(b.onload(residual)?)?;
-        hidden.put(batch, HostActivations { residual, input: None })?;
+        let residual = Parked::Device(b.onload(residual)?);
+        hidden.put(b, batch, Kept { residual, input: None })?;
     }
     Ok(())
 }

@@ -86,6 +86,16 @@ pub enum PipelineError {
         /// The file or directory.
         path: PathBuf,
     },
+    /// Solving a layer gave weights that are no numbers.
+    #[error(
+        "{layer}: {rows} rows have NaN or infinite weights after solving; the layer's weights are too large for f32 sums, or the device computes wrongly"
+    )]
+    NonFiniteWeights {
+        /// Module name.
+        layer: String,
+        /// Rows with such weights.
+        rows: usize,
+    },
     /// Too many calibration tokens have non-finite activations.
     #[error(
         "block {block}: {bad} of {all} calibration tokens have NaN or infinite activations; the model or the calibration text is broken"

@@ -282,7 +282,7 @@ impl BackendJob for Measurement<'_> {
         let (set, budget) = (self.calibration, &self.plans[0].budget);
         let geometry = BlockGeometry::new(arch, config, entry::window_of(set));
         let directory = std::env::temp_dir();
-        let mut hidden = entry::store(set, config, budget, self.memory_bytes, &directory)?;
+        let mut hidden = entry::store(b, set, config, budget, self.memory_bytes, &directory)?;
         entry::embed_windows(b, self.source, set, &mut hidden)?;
         let stages = StageContext {
             backend: b,

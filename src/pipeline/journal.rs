@@ -20,8 +20,8 @@ use super::{
     plan::ConversionPlan,
 };
 use crate::{
-    backend::{HostData, HostMatrix},
-    calibration::{HiddenStates, HostActivations},
+    backend::{Backend, HostData, HostMatrix},
+    calibration::{HiddenStates, Kept, Parked},
     compress::LayerReport,
 };
 
@@ -242,14 +242,15 @@ impl Journal {
     ///
     /// # Errors
     /// The work directory cannot be written.
-    pub(super) fn commit(
+    pub(super) fn commit<B: Backend>(
         &mut self,
+        b: &B,
         blocks_done: usize,
         tensors: Vec<(String, Vec<Digest>)>,
-        hidden: Option<&mut HiddenStates>,
+        hidden: Option<&mut HiddenStates<B>>,
     ) -> Result<()> {
         self.pending.extend(tensors);
-        let hidden = hidden.map(|hidden| self.save_hidden(hidden)).transpose()?;
+        let hidden = hidden.map(|hidden| self.save_hidden(b, hidden)).transpose()?;
         let line = Checkpoint {
             blocks_done,
             tensors: std::mem::take(&mut self.pending),
@@ -265,7 +266,11 @@ impl Journal {
     }
 
     /// Residual streams as little-endian f32, batch after batch.
-    fn save_hidden(&mut self, hidden: &mut HiddenStates) -> Result<HiddenFile> {
+    fn save_hidden<B: Backend>(
+        &mut self,
+        b: &B,
+        hidden: &mut HiddenStates<B>,
+    ) -> Result<HiddenFile> {
         let kept = self.last_hidden.as_deref();
         let [first, second] = HIDDEN_NAMES;
         let name = if kept == Some(first) { second } else { first };
@@ -275,11 +280,18 @@ impl Journal {
         let mut file = HashingWriter::new(file);
         for batch in 0..hidden.batches() {
             let kept = hidden.take(batch)?;
-            if let HostData::F32(values) = &kept.residual.data {
-                file.write_all(bytemuck::cast_slice(values))
-                    .map_err(io(&part, "save the activations"))?;
-            }
-            hidden.put(batch, kept)?;
+            let downloaded;
+            let values = match &kept.residual {
+                Parked::Host(HostMatrix { data: HostData::F32(values), .. }) => values,
+                Parked::Host(_) => continue,
+                Parked::Device(matrix) => {
+                    downloaded = b.download(matrix)?;
+                    &downloaded
+                }
+            };
+            file.write_all(bytemuck::cast_slice(values))
+                .map_err(io(&part, "save the activations"))?;
+            hidden.put(b, batch, kept)?;
         }
         let (file, sha256) = file.finish();
         file.sync_data().map_err(io(&part, "sync the activations"))?;
@@ -292,10 +304,11 @@ impl Journal {
     ///
     /// # Errors
     /// The file is missing or not what the journal says.
-    pub(super) fn load_hidden(
+    pub(super) fn load_hidden<B: Backend>(
         &self,
+        b: &B,
         finished: &Finished,
-        hidden: &mut HiddenStates,
+        hidden: &mut HiddenStates<B>,
         features: usize,
     ) -> Result<()> {
         let refuse = |why: String| PipelineError::Resume { path: self.dir.clone(), why };
@@ -316,7 +329,8 @@ impl Journal {
             file.read_exact(bytemuck::cast_slice_mut(&mut values))
                 .map_err(io(&path, "read the saved activations"))?;
             let residual = HostMatrix { rows: tokens, cols: features, data: HostData::F32(values) };
-            hidden.put(batch, HostActivations { residual, input: None })?;
+            let residual = Parked::Device(b.onload(residual)?);
+            hidden.put(b, batch, Kept { residual, input: None })?;
         }
         Ok(())
     }

@@ -111,7 +111,7 @@ struct Run<'a, B: Backend> {
     b: &'a B,
     job: &'a Conversion<'a>,
     geometry: BlockGeometry,
-    hidden: Option<HiddenStates>,
+    hidden: Option<HiddenStates<B>>,
     packer: Packer,
     journal: Journal,
     digests: Vec<(String, Vec<Digest>)>,
@@ -197,9 +197,9 @@ impl<'a, B: Backend> Run<'a, B> {
         }
         let config = job.source.config();
         let limit = job.options.memory_bytes;
-        let mut hidden = entry::store(set, config, &job.plan.budget, limit, self.journal.dir())?;
+        let mut hidden = entry::store(b, set, config, &job.plan.budget, limit, self.journal.dir())?;
         if finished.blocks_done > 0 {
-            self.journal.load_hidden(finished, &mut hidden, config.hidden_size)?;
+            self.journal.load_hidden(b, finished, &mut hidden, config.hidden_size)?;
         } else {
             let start = Instant::now();
             entry::embed_windows(b, job.source, set, &mut hidden)?;
@@ -363,7 +363,7 @@ impl<'a, B: Backend> Run<'a, B> {
         let digests = self.times.time(Phase::Write, || packer.sync(names.clone()))?;
         let finished: Vec<_> = names.into_iter().zip(digests).collect();
         self.digests.extend(finished.iter().cloned());
-        self.journal.commit(blocks_done, finished, self.hidden.as_mut())
+        self.journal.commit(self.b, blocks_done, finished, self.hidden.as_mut())
     }
 
     fn block_report(

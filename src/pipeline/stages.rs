@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     backend::{Backend, BackendError, SequenceLens},
-    calibration::{HiddenStates, HostActivations, StatKind, Statistic},
+    calibration::{HiddenStates, Kept, Parked, StatKind, Statistic},
     compress::{Layer, LayerReport, Method, Quantizer, SolveTimes, Solved, SolverOptions, solver},
     model::{
         Activations, Architecture, Block, BlockGeometry, CapturePoint, ModelConfig, ModelSource,
@@ -98,7 +98,7 @@ impl<B: Backend> StageContext<'_, B> {
         &self,
         plan: &BlockPlan,
         loaded: &mut LoadedBlock<B>,
-        hidden: &mut HiddenStates,
+        hidden: &mut HiddenStates<B>,
         times: &mut PhaseTimes,
         mut finish: impl FnMut(&mut LoadedBlock<B>, CapturePoint, &mut PhaseTimes) -> Result<()>,
     ) -> Result<Vec<LayerReport>> {
@@ -149,7 +149,7 @@ impl<B: Backend> StageContext<'_, B> {
         &self,
         plans: &[&BlockPlan],
         source: &ModelSource,
-        hidden: &mut HiddenStates,
+        hidden: &mut HiddenStates<B>,
         times: &mut PhaseTimes,
     ) -> Result<Vec<Vec<LayerReport>>> {
         let index = plans[0].index;
@@ -178,7 +178,7 @@ impl<B: Backend> StageContext<'_, B> {
         &self,
         plan: &BlockPlan,
         loaded: &mut LoadedBlock<B>,
-        hidden: &mut HiddenStates,
+        hidden: &mut HiddenStates<B>,
         times: &mut PhaseTimes,
     ) -> Result<Vec<Statistic<B>>> {
         let b = self.backend;
@@ -190,8 +190,8 @@ impl<B: Backend> StageContext<'_, B> {
         for batch in 0..hidden.batches() {
             let lens = hidden.lens(batch).clone();
             let kept = hidden.take(batch)?;
-            let residual = b.onload(kept.residual.clone())?;
-            hidden.put(batch, kept)?;
+            let residual = kept.residual.copy(b)?;
+            hidden.put(b, batch, kept)?;
             let start = Instant::now();
             let mut observing = 0.0;
             loaded.block.forward(b, self.geometry, residual, &lens, |point, x| {
@@ -220,7 +220,7 @@ impl<B: Backend> StageContext<'_, B> {
         &self,
         plan: &BlockPlan,
         block: &Block<B>,
-        hidden: &mut HiddenStates,
+        hidden: &mut HiddenStates<B>,
         times: &mut PhaseTimes,
         span: Span,
         mut observe: impl FnMut(&B, &B::Matrix) -> std::result::Result<(), BackendError>,
@@ -252,8 +252,8 @@ impl<B: Backend> StageContext<'_, B> {
 
                 // Inputs that follow a norm are recomputed from the residual stream when needed.
                 let keep = matches!(span.to, Some(CapturePoint::AttnOut | CapturePoint::MlpHidden));
-                let input = at.input.filter(|_| keep).map(|input| b.offload(input)).transpose()?;
-                hidden.put(batch, HostActivations { residual: b.offload(at.residual)?, input })?;
+                let input = at.input.filter(|_| keep).map(Parked::Device);
+                hidden.put(b, batch, Kept { residual: Parked::Device(at.residual), input })?;
                 self.progress.advance(1);
             }
         }
@@ -266,12 +266,12 @@ impl<B: Backend> StageContext<'_, B> {
         block: &Block<B>,
         span: Span,
         lens: &SequenceLens,
-        HostActivations { residual, input }: HostActivations,
+        Kept { residual, input }: Kept<B>,
     ) -> Result<Activations<B>> {
         let b = self.backend;
-        let residual = b.onload(residual)?;
+        let residual = residual.onload(b)?;
         let input = match input {
-            Some(input) => Some(b.onload(input)?),
+            Some(input) => Some(input.onload(b)?),
             None => block.input_from_residual(b, span.first(), &residual)?,
         };
         let mut at = Activations { residual, input };
@@ -298,6 +298,11 @@ impl<B: Backend> StageContext<'_, B> {
     ) -> Result<Vec<LayerReport>> {
         let mut reports = Vec::new();
         for (at, solved) in self.solved_at(plan, loaded, point, statistic, times)? {
+            let rows = self.backend.count_non_finite_rows(&solved.weight)?;
+            if rows > 0 {
+                let layer = solved.report.layer;
+                return Err(PipelineError::NonFiniteWeights { layer, rows });
+            }
             loaded.linears[at].weight = self.backend.download(&solved.weight)?;
             loaded.linears[at].rounding = solved.rounding;
             reports.push(solved.report);

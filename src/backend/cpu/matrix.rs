@@ -190,6 +190,14 @@ impl Storage for Cpu {
         (matrix.rows, matrix.cols)
     }
 
+    fn bytes(matrix: &CpuMatrix) -> u64 {
+        let size = match &matrix.data {
+            HostData::F32(_) => size_of::<f32>(),
+            HostData::Bf16(_) => size_of::<bf16>(),
+        };
+        (matrix.rows * matrix.cols * size) as u64
+    }
+
     fn offload(&self, mut matrix: CpuMatrix) -> Result<HostMatrix> {
         let data = std::mem::replace(&mut matrix.data, HostData::F32(Vec::new()));
         Ok(HostMatrix { rows: matrix.rows, cols: matrix.cols, data })

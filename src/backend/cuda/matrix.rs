@@ -227,6 +227,18 @@ impl Storage for Cuda {
         (matrix.rows, matrix.cols)
     }
 
+    fn bytes(matrix: &CudaMatrix) -> u64 {
+        let size = match &matrix.values {
+            Values::F32(_) => size_of::<f32>(),
+            Values::Bf16(_) => size_of::<bf16>(),
+        };
+        (matrix.len() * size) as u64
+    }
+
+    fn free_memory(&self) -> Result<Option<u64>> {
+        self.gpu.free_memory().map(Some)
+    }
+
     fn offload(&self, matrix: CudaMatrix) -> Result<HostMatrix> {
         const OPERATION: &str = "offload";
         let (rows, cols) = (matrix.rows, matrix.cols);

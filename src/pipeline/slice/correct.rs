@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     backend::{Backend, BackendError, Dense, HostData, HostMatrix, SequenceLens},
-    calibration::{HiddenStates, HostActivations},
+    calibration::{HiddenStates, Kept, Parked},
     compress::{
         SolveError,
         slicegpt::{self, Fit},
@@ -35,7 +35,7 @@ struct Pair<'a, B: Backend> {
     project: Arc<B::Weight>,
     teacher: Stream<'a, B>,
     /// The student's stream `[tokens, d']`, and its input where that waits to be written.
-    student: HiddenStates,
+    student: HiddenStates<B>,
     /// Gains of the norms: all ones.
     ones: [B::Matrix; 2],
     /// Where both stand, for errors.
@@ -48,8 +48,8 @@ struct Met<B: Backend> {
     y: B::Matrix,
     /// Of the student, `[tokens, inputs]`.
     x: B::Matrix,
-    teacher: HostMatrix,
-    student: HostActivations,
+    teacher: Parked<B>,
+    student: Kept<B>,
 }
 
 impl SliceJob<'_> {
@@ -118,10 +118,10 @@ impl<'a, B: Backend> Pair<'a, B> {
         let start = Instant::now();
         for batch in 0..teacher.hidden.batches() {
             let kept = teacher.hidden.take(batch)?;
-            let residual = b.linear(&b.onload(kept.residual.clone())?, &project, None)?;
-            teacher.hidden.put(batch, kept)?;
-            let residual = b.offload(residual)?;
-            student.put(batch, HostActivations { residual, input: None })?;
+            let residual = b.linear(&kept.residual.copy(b)?, &project, None)?;
+            teacher.hidden.put(b, batch, kept)?;
+            let residual = Parked::Device(residual);
+            student.put(b, batch, Kept { residual, input: None })?;
         }
         times.charge(Phase::Forward, start.elapsed().as_secs_f64(), 0.0);
         let ones = |width: usize| b.upload(&vec![1.0; width], 1, width);
@@ -178,9 +178,9 @@ impl<'a, B: Backend> Pair<'a, B> {
         let ones = [self.b.duplicate(&self.ones[0])?, self.b.duplicate(&self.ones[1])?];
         let [wide, narrow] = [&ones[0], &ones[1]];
         let (width, hidden) = (self.job.slicing.width, self.job.slicing.hidden_size);
-        let meet = |teacher: HostMatrix, student: HostActivations, _: &SequenceLens| {
-            let y = b.rms_norm(&b.onload(teacher.clone())?, wide, eps)?;
-            let mut x = b.rms_norm(&b.onload(student.residual.clone())?, narrow, sliced_eps)?;
+        let meet = |teacher: Parked<B>, student: Kept<B>, _: &SequenceLens| {
+            let y = b.rms_norm(&teacher.copy(b)?, wide, eps)?;
+            let mut x = b.rms_norm(&student.residual.copy(b)?, narrow, sliced_eps)?;
             // Readers are multiplied with the inverse.
             let rows = b.shape(&x).0;
             b.scale_rows(&mut x, &vec![narrowing.sqrt().recip(); rows])?;
@@ -204,12 +204,12 @@ impl<'a, B: Backend> Pair<'a, B> {
         let geometry = self.teacher.geometry.clone();
         let lacking = self.bias_of(dense, writes)?;
         let project = Arc::clone(&self.project);
-        let meet = |teacher: HostMatrix, student: HostActivations, lens: &SequenceLens| {
-            let residual = b.onload(teacher)?;
+        let meet = |teacher: Parked<B>, student: Kept<B>, lens: &SequenceLens| {
+            let residual = teacher.onload(b)?;
             let residual = dense.block.half(b, &geometry, [reads, writes], residual, lens)?;
             let teacher = b.offload(residual)?;
 
-            let residual = b.onload(student.residual)?;
+            let residual = student.residual.onload(b)?;
             let input = sliced.input_from_residual(b, reads, &residual)?;
             let at = sliced.step(b, &geometry, reads, Activations { residual, input }, lens)?;
             let residual = b.offload(at.residual)?;
@@ -225,7 +225,8 @@ impl<'a, B: Backend> Pair<'a, B> {
             let input = b.offload(input)?;
             let mut x = b.onload(input.clone())?;
             b.scale_rows(&mut x, &factors)?;
-            Ok(Met { y, x, teacher, student: HostActivations { residual, input: Some(input) } })
+            let (residual, input) = (Parked::Host(residual), Some(Parked::Host(input)));
+            Ok(Met { y, x, teacher: Parked::Host(teacher), student: Kept { residual, input } })
         };
         let flops = |lens: &SequenceLens| {
             let end = writes as usize + 1;
@@ -253,7 +254,7 @@ impl<'a, B: Backend> Pair<'a, B> {
         inputs: usize,
         times: &mut PhaseTimes,
         flops: f64,
-        meet: impl Fn(HostMatrix, HostActivations, &SequenceLens) -> Result<Met<B>> + Send + Sync,
+        meet: impl Fn(Parked<B>, Kept<B>, &SequenceLens) -> Result<Met<B>> + Send + Sync,
     ) -> Result<Fit> {
         let b = self.b;
         let mut cross = b.zeros(outputs, inputs)?;
@@ -288,9 +289,9 @@ impl<'a, B: Backend> Pair<'a, B> {
                 let flops = gram_flops(tokens, inputs as f64)
                     + 2.0 * tokens * outputs as f64 * inputs as f64;
                 times.charge(Phase::Statistics, start.elapsed().as_secs_f64(), flops);
-                let kept = HostActivations { residual: teacher, input: None };
-                self.teacher.hidden.put(batch, kept)?;
-                self.student.put(batch, student)?;
+                let kept = Kept { residual: teacher, input: None };
+                self.teacher.hidden.put(b, batch, kept)?;
+                self.student.put(b, batch, student)?;
                 self.job.progress.advance(1);
             }
         }
@@ -311,14 +312,14 @@ impl<'a, B: Backend> Pair<'a, B> {
         let (b, config) = (self.b, &self.job.slicing.model.config);
         for batch in 0..self.student.batches() {
             let start = Instant::now();
-            let HostActivations { residual, input } = self.student.take(batch)?;
-            let input = input.map(|input| b.onload(input)).transpose()?;
-            let at = Activations { residual: b.onload(residual)?, input };
+            let Kept { residual, input } = self.student.take(batch)?;
+            let input = input.map(|input| input.onload(b)).transpose()?;
+            let at = Activations { residual: residual.onload(b)?, input };
             let lens = self.student.lens(batch);
-            let residual = b.offload(block.write(b, point, at)?)?;
+            let residual = Parked::Device(block.write(b, point, at)?);
             let arch = self.job.source.arch();
             let flops = forward_flops(arch, config, point, point as usize + 1, lens);
-            self.student.put(batch, HostActivations { residual, input: None })?;
+            self.student.put(b, batch, Kept { residual, input: None })?;
             times.charge(Phase::Forward, start.elapsed().as_secs_f64(), flops);
         }
         Ok(())

@@ -13,7 +13,7 @@ use super::super::{
 use super::SliceJob;
 use crate::{
     backend::{Backend, HostData, HostMatrix, SequenceLens},
-    calibration::{CalibrationSet, HiddenStates, HostActivations},
+    calibration::{CalibrationSet, HiddenStates, Kept, Parked},
     compress::slicegpt::Covariance,
     model::{BlockGeometry, CapturePoint, ModelConfig},
 };
@@ -67,7 +67,7 @@ pub(super) struct Stream<'a, B: Backend> {
     b: &'a B,
     job: &'a SliceJob<'a>,
     pub(super) geometry: BlockGeometry,
-    pub(super) hidden: HiddenStates,
+    pub(super) hidden: HiddenStates<B>,
     pub(super) counted: Counted,
     /// Where the stream stands, for errors.
     block: usize,
@@ -82,7 +82,7 @@ impl<'a, B: Backend> Stream<'a, B> {
         let (source, set) = (job.source, job.set);
         let (config, limit) = (source.config(), job.options.memory_bytes);
         let directory = job.out.join(WORK_DIR);
-        let mut hidden = entry::store(set, config, &job.slicing.budget, limit, &directory)?;
+        let mut hidden = entry::store(b, set, config, &job.slicing.budget, limit, &directory)?;
         times.time(Phase::Load, || entry::embed_windows(b, source, set, &mut hidden))?;
         let geometry = BlockGeometry::new(source.arch(), config, entry::window_of(set));
         Ok(Self { b, job, geometry, hidden, counted: Counted::new(set, config), block: 0 })
@@ -92,11 +92,11 @@ impl<'a, B: Backend> Stream<'a, B> {
     ///
     /// # Errors
     /// A file that cannot be made.
-    pub(super) fn room_beside(&self, width: usize) -> Result<HiddenStates> {
+    pub(super) fn room_beside(&self, width: usize) -> Result<HiddenStates<B>> {
         let job = self.job;
         let config = ModelConfig { hidden_size: width, ..job.source.config().clone() };
         let limit = job.options.memory_bytes;
-        entry::store(job.set, &config, &job.slicing.budget, limit, &job.out.join(WORK_DIR))
+        entry::store(self.b, job.set, &config, &job.slicing.budget, limit, &job.out.join(WORK_DIR))
     }
 
     /// Adds the rows that count, each divided by its root mean square, to `sum`.
@@ -133,10 +133,11 @@ impl<'a, B: Backend> Stream<'a, B> {
         let (b, hidden) = (self.b, self.job.source.config().hidden_size as f64);
         for batch in 0..self.hidden.batches() {
             let start = Instant::now();
-            let residual = b.onload(self.hidden.take(batch)?.residual)?;
-            let residual = b.offload(b.linear(&residual, weight, None)?)?;
-            let flops = 2.0 * residual.rows as f64 * hidden * hidden;
-            self.hidden.put(batch, HostActivations { residual, input: None })?;
+            let residual = self.hidden.take(batch)?.residual.onload(b)?;
+            let residual = b.linear(&residual, weight, None)?;
+            let flops = 2.0 * b.shape(&residual).0 as f64 * hidden * hidden;
+            let residual = Parked::Device(residual);
+            self.hidden.put(b, batch, Kept { residual, input: None })?;
             times.charge(Phase::Forward, start.elapsed().as_secs_f64(), flops);
         }
         Ok(())
@@ -153,8 +154,8 @@ impl<'a, B: Backend> Stream<'a, B> {
         for batch in 0..self.hidden.batches() {
             let start = Instant::now();
             let kept = self.hidden.take(batch)?;
-            let x = b.onload(kept.residual.clone())?;
-            self.hidden.put(batch, kept)?;
+            let x = kept.residual.copy(b)?;
+            self.hidden.put(b, batch, kept)?;
             let x = of(self.counted.rows(b, batch, x)?)?;
             let (tokens, features) = b.shape(&x);
             if b.count_non_finite_rows(&x)? > 0 {
@@ -190,9 +191,9 @@ impl<'a, B: Backend> Stream<'a, B> {
                 .map(|&batch| Ok((self.hidden.lens(batch).clone(), self.hidden.take(batch)?)))
                 .collect::<Result<Vec<_>>>()?;
             let start = Instant::now();
-            let arrived = b.at_once(taken, |(lens, at)| -> Result<HostMatrix> {
-                let residual = b.onload(at.residual)?;
-                Ok(b.offload(loaded.block.half(b, geometry, half, residual, &lens)?)?)
+            let arrived = b.at_once(taken, |(lens, at)| -> Result<B::Matrix> {
+                let residual = at.residual.onload(b)?;
+                Ok(loaded.block.half(b, geometry, half, residual, &lens)?)
             });
             let (arch, config) = (self.job.source.arch(), self.job.source.config());
             let lens = group.iter().map(|&batch| self.hidden.lens(batch));
@@ -200,8 +201,8 @@ impl<'a, B: Backend> Stream<'a, B> {
             let flops = lens.map(|lens| forward_flops(arch, config, reads, end, lens)).sum();
             times.charge(Phase::Forward, start.elapsed().as_secs_f64(), flops);
             for (&batch, residual) in group.iter().zip(arrived) {
-                let activations = HostActivations { residual: residual?, input: None };
-                self.hidden.put(batch, activations)?;
+                let residual = Parked::Device(residual?);
+                self.hidden.put(b, batch, Kept { residual, input: None })?;
                 self.job.progress.advance(1);
             }
         }

@@ -46,6 +46,15 @@ impl Gpu {
         BackendError::OutOfMemory { device: self.describe(), operation, wanted, free, total }
     }
 
+    /// Bytes that nothing uses; what is freed but kept counts as free.
+    pub(in super::super) fn free_memory(&self) -> Result<u64> {
+        const OPERATION: &str = "free memory";
+        self.finish(OPERATION)?;
+        trim(&self.context).map_err(self.failed(OPERATION))?;
+        let (free, _) = self.context.mem_get_info().map_err(self.failed(OPERATION))?;
+        Ok(free as u64)
+    }
+
     /// Zeros.
     pub(in super::super) fn zeros<T: Bytes>(
         &self,

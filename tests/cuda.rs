@@ -1,0 +1,265 @@
+//! Conversions on a GPU against the same on the CPU, and what happens when the GPU fails.
+//!
+//! Without `SPARSEPACK_REQUIRE_GPU=1` the GPU is the software device of `tests/software_gpu`, built once
+//! for all tests; with it, the machine's.
+
+use std::{
+    path::{Path, PathBuf},
+    process::Stdio,
+    sync::OnceLock,
+};
+
+use safetensors::SafeTensors;
+
+use crate::harness::{
+    Command, Dir, assert_resumes, assert_same_files, checkpoints, convert, fixture, kill_when, root,
+};
+
+const TEXT: [&str; 2] = ["--calibration", "fixtures/text/calibration.txt"];
+/// Windows enough for GPU and CPU to find nearly the same masks.
+const CALIBRATION: [&str; 4] = ["--samples", "32", "--seq-len", "128"];
+const SPARSEGPT: [&str; 4] = ["--prune", "sparsegpt", "--sparsity", "2:4"];
+
+/// Whether tests shall run on the machine's own GPU.
+fn real() -> bool {
+    std::env::var_os("SPARSEPACK_REQUIRE_GPU").is_some()
+}
+
+/// The folder of the software device.
+fn software() -> &'static Path {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    BUILT.get_or_init(|| {
+        let out = Path::new(env!("CARGO_TARGET_TMPDIR")).join("software_gpu");
+        let script = root().join("tests/software_gpu/build.sh");
+        let build = std::process::Command::new(script).arg(&out).stdin(Stdio::null()).output();
+        let build = build.unwrap();
+        assert!(build.status.success(), "{}", String::from_utf8_lossy(&build.stderr));
+        out
+    })
+}
+
+/// `command` where a GPU is to be found.
+fn on_gpu(command: Command) -> Command {
+    let command = command.env_remove("CUDA_VISIBLE_DEVICES");
+    if real() { command } else { command.env("LD_LIBRARY_PATH", software()) }
+}
+
+/// A conversion of the fixture model on a GPU.
+fn gpu(out: &Path, args: &[&str]) -> Command {
+    on_gpu(convert(&fixture("model"), out)).args(TEXT).args(CALIBRATION).args(args).args(GPU)
+}
+
+const GPU: [&str; 2] = ["--device", "cuda:0"];
+
+fn cpu(out: &Path, args: &[&str]) -> Command {
+    convert(&fixture("model"), out).args(TEXT).args(CALIBRATION).args(args)
+}
+
+/// Perplexity on the CPU, in f32.
+fn perplexity(model: &Path) -> f64 {
+    let args = ["--text", "fixtures/text/heldout.txt", "--window", "128", "--compute", "f32"];
+    let eval = Command::new("eval").arg(model).args(args).args(["--max-windows", "32", "--json"]);
+    eval.succeeds().json()["perplexity"].as_f64().unwrap()
+}
+
+/// The weights of a linear in a plain output, as bf16 bits.
+fn weights(out: &Path, name: &str) -> Vec<u16> {
+    let bytes = std::fs::read(out.join("model.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let data = tensors.tensor(name).unwrap().data();
+    data.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]])).collect()
+}
+
+/// The share of weights that are zero in one and not in the other.
+fn masks_differ(a: &Path, b: &Path, name: &str) -> f64 {
+    let (a, b) = (weights(a, name), weights(b, name));
+    let zero = |bits: u16| bits & 0x7FFF == 0;
+    let differ = a.iter().zip(&b).filter(|(a, b)| zero(**a) != zero(**b)).count();
+    differ as f64 / a.len() as f64
+}
+
+/// Both conversions, and the ratio of their perplexities.
+fn both(dir: &Dir, args: &[&str]) -> (PathBuf, PathBuf, f64) {
+    let (on_gpu, on_cpu) = (dir.join("gpu"), dir.join("cpu"));
+    let ran = gpu(&on_gpu, args).succeeds();
+    assert!(real() || ran.stdout().contains("Software GPU"), "{}", ran.story());
+    cpu(&on_cpu, args).succeeds();
+    let ratio = perplexity(&on_gpu) / perplexity(&on_cpu);
+    println!("{args:?}: perplexity on the GPU is {ratio:.4} of that on the CPU");
+    (on_gpu, on_cpu, ratio)
+}
+
+#[test]
+fn sparsegpt_agrees_with_the_cpu() {
+    for (compute, tolerance) in [("f32", 0.005), ("bf16", 0.01)] {
+        let dir = Dir::new();
+        let args: Vec<&str> = SPARSEGPT.into_iter().chain(["--compute", compute]).collect();
+        let (a, b, ratio) = both(&dir, &args);
+        // Nothing but rounding has gone before the first layers; later ones see what came of ties.
+        for linear in ["q_proj", "k_proj", "v_proj"] {
+            let name = format!("model.layers.0.self_attn.{linear}.weight");
+            let differ = masks_differ(&a, &b, &name);
+            assert!(differ <= 0.001, "{compute}: {name}: {differ}");
+        }
+        assert!((ratio - 1.0).abs() < tolerance, "{compute}: {ratio}");
+    }
+}
+
+#[test]
+fn unstructured_sparsegpt_agrees_with_the_cpu() {
+    let dir = Dir::new();
+    let (a, b, ratio) =
+        both(&dir, &["--prune", "sparsegpt", "--sparsity", "50%", "--compute", "f32"]);
+    let differ = masks_differ(&a, &b, "model.layers.0.self_attn.q_proj.weight");
+    assert!(differ <= 0.001, "{differ}");
+    assert!((ratio - 1.0).abs() < 0.005, "{ratio}");
+}
+
+#[test]
+fn magnitude_equals_the_cpu() {
+    let dir = Dir::new();
+    let args = ["--prune", "magnitude", "--sparsity", "50%"];
+    let (a, b) = (dir.join("gpu"), dir.join("cpu"));
+    on_gpu(convert(&fixture("model"), &a)).args(args).args(GPU).succeeds();
+    convert(&fixture("model"), &b).args(args).succeeds();
+    let model = |out: &Path| std::fs::read(out.join("model.safetensors")).unwrap();
+    assert!(model(&a) == model(&b), "bytes differ");
+}
+
+#[test]
+fn wanda_agrees_with_the_cpu() {
+    let dir = Dir::new();
+    let (a, b, ratio) = both(&dir, &["--prune", "wanda", "--sparsity", "50%", "--compute", "f32"]);
+    let differ = masks_differ(&a, &b, "model.layers.0.self_attn.q_proj.weight");
+    assert!(differ <= 0.001, "{differ}");
+    assert!((ratio - 1.0).abs() < 0.005, "{ratio}");
+}
+
+#[test]
+fn rounding_agrees_with_the_cpu() {
+    let cases: [&[&str]; 3] = [
+        &["--quantize", "int4", "--group-size", "32"],
+        &["--quantize", "int4", "--group-size", "32", "--act-order=false"],
+        &["--quantize", "q4_0", "--prune", "sparsegpt", "--sparsity", "2:4"],
+    ];
+    for case in cases {
+        let dir = Dir::new();
+        let args: Vec<&str> =
+            case.iter().copied().chain(["--compute", "f32", "--format", "packed"]).collect();
+        let (_, _, ratio) = both(&dir, &args);
+        assert!((ratio - 1.0).abs() < 0.01, "{args:?}: {ratio}");
+    }
+}
+
+#[test]
+fn slicing_agrees_with_the_cpu() {
+    let dir = Dir::new();
+    let args = ["--slice-width", "96", "--slice-multiple", "32", "--compute", "f32"];
+    let (_, _, ratio) = both(&dir, &args);
+    assert!((ratio - 1.0).abs() < 0.005, "{ratio}");
+}
+
+#[test]
+fn perplexity_agrees_with_the_cpu() {
+    let args = ["--text", "fixtures/text/heldout.txt", "--window", "128", "--max-windows", "8"];
+    for (compute, tolerance) in [("f32", 1e-5), ("bf16", 2e-3)] {
+        let eval = || Command::new("eval").arg(fixture("model")).args(args);
+        let eval = || eval().args(["--compute", compute, "--json"]);
+        let perplexity = |command: Command| command.succeeds().json()["perplexity"].as_f64();
+        let on_cpu = perplexity(eval()).unwrap();
+        let on_gpu = perplexity(on_gpu(eval()).args(GPU)).unwrap();
+        assert!((on_gpu / on_cpu - 1.0).abs() < tolerance, "{compute}: {on_gpu} for {on_cpu}");
+    }
+}
+
+#[test]
+fn activations_that_do_not_fit_go_to_the_host() {
+    if real() {
+        println!("skipped: the device's memory cannot be set");
+        return;
+    }
+    let dir = Dir::new();
+    let (large, small) = (dir.join("large"), dir.join("small"));
+    gpu(&large, &SPARSEGPT).succeeds();
+    // The plan needs about 12 MB, and activations 8.
+    gpu(&small, &SPARSEGPT).env("SOFTWARE_GPU_MEMORY", "14000000").succeeds();
+    assert_same_files(&large, &small);
+}
+
+#[test]
+fn a_killed_run_on_a_gpu_goes_on_to_the_same_bytes() {
+    let dir = Dir::new();
+    let (whole, out) = (dir.join("whole"), dir.join("out"));
+    gpu(&whole, &SPARSEGPT).succeeds();
+    let run = || gpu(&out, &SPARSEGPT).args(["--checkpoint-secs", "0"]);
+    kill_when(run(), &out, || checkpoints(&out) >= 2);
+    assert_resumes(run(), &out, &whole);
+}
+
+#[test]
+fn a_gpu_that_is_lost_ends_the_run_and_another_goes_on() {
+    if real() {
+        println!("skipped: the device cannot be lost on purpose");
+        return;
+    }
+    let dir = Dir::new();
+    let (whole, out) = (dir.join("whole"), dir.join("out"));
+    gpu(&whole, &SPARSEGPT).succeeds();
+    let run = || gpu(&out, &SPARSEGPT).args(["--checkpoint-secs", "0"]);
+    let ran = run().env("SOFTWARE_GPU_LOST_AFTER", "1000").fails(1);
+    ran.says(&["Software GPU", "ECC"]);
+    assert!(!out.join("manifest.json").exists());
+    assert!((1..4).contains(&checkpoints(&out)), "{} checkpoints", checkpoints(&out));
+    assert_resumes(run(), &out, &whole);
+}
+
+#[test]
+fn too_little_memory_is_named() {
+    if real() {
+        println!("skipped: the device's memory cannot be set");
+        return;
+    }
+    let dir = Dir::new();
+    let ran = gpu(&dir.join("out"), &SPARSEGPT).env("SOFTWARE_GPU_MEMORY", "1000000").fails(1);
+    ran.says(&["Software GPU", "bytes for", "of 1000000 bytes are free", "--device cpu"]);
+}
+
+#[test]
+fn devices_that_are_not_there_are_named() {
+    let dir = Dir::new();
+    let magnitude = ["--prune", "magnitude", "--sparsity", "50%"];
+    let convert = |out: &str| on_gpu(convert(&fixture("model"), &dir.join(out))).args(magnitude);
+    let on = |device: &str| convert("out").args(["--device", device]);
+    on("cuda:77").fails(1).says(&["no CUDA device 77", "counted from 0"]);
+    on("cuda:x").fails(2).says(&["expected auto, cpu or cuda:N, found \"cuda:x\""]);
+    if real() {
+        return;
+    }
+    on("cuda:0").env("SOFTWARE_GPU_COUNT", "0").fails(1).says(&["the driver sees no device"]);
+    let auto = on("auto").env("SOFTWARE_GPU_COUNT", "0").succeeds();
+    auto.says(&["computing on the CPU: no CUDA device 0: the driver sees no device"]);
+    convert("gpu").succeeds().says(&["computing on cuda:0, Software GPU"]);
+}
+
+#[test]
+fn missing_libraries_are_named() {
+    if real() {
+        println!("skipped: the machine's libraries are not to be taken away");
+        return;
+    }
+    let dir = Dir::new();
+    let out = dir.join("out");
+    let run = |libraries: &Path| {
+        convert(&fixture("model"), &out)
+            .args(["--prune", "magnitude", "--sparsity", "50%"])
+            .args(GPU)
+            .env("LD_LIBRARY_PATH", libraries)
+    };
+    run(dir.path()).fails(1).says(&["no CUDA device 0", "libcuda is not to be found"]);
+    let rest = [("libcuda.so.1", "libnvrtc"), ("libnvrtc.so", "libcublas")];
+    for (library, missing) in rest.into_iter().chain([("libcublas.so", "libcusolver")]) {
+        std::os::unix::fs::symlink(software().join("libsoftware_gpu.so"), dir.join(library))
+            .unwrap();
+        run(dir.path()).fails(1).says(&[missing, "is not to be found"]);
+    }
+}
