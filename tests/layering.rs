@@ -20,9 +20,13 @@ const MAY_USE: [(&str, &[&str]); 8] = [
     ("cli", &["backend", "model", "calibration", "compress", "recipe", "pipeline", "eval"]),
 ];
 
-/// Where `unsafe` may stand: the memory map and vector intrinsics.
-const MAY_BE_UNSAFE: [&str; 3] =
-    ["formats/src/reader.rs", "formats/src/encoding/sparse24/simd.rs", "src/backend/cpu/"];
+/// Where `unsafe` may stand: the memory map, vector intrinsics, and NVIDIA's libraries.
+const MAY_BE_UNSAFE: [&str; 4] = [
+    "formats/src/reader.rs",
+    "formats/src/encoding/sparse24/simd.rs",
+    "src/backend/cpu/",
+    "src/backend/cuda/driver/",
+];
 
 struct Line {
     path: String,

@@ -8,7 +8,10 @@ mod dense;
 use half::bf16;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use sparsepack_formats::{DType, encoding::IntGrid};
+use sparsepack_formats::{
+    DType,
+    encoding::{IntGrid, ggml::BlockGrid},
+};
 
 use super::*;
 use dense::{
@@ -939,6 +942,126 @@ fn obs_sweep_rounds_and_feeds_errors_on<B: Backend>(t: &Instance<B>) {
     assert!(t.backend.obs_sweep(&mut matrix, &factor, 0..16, rule, Some(&mut cut)).is_err());
 }
 
+/// Grids of every kind, with scales of every type.
+fn grids() -> Vec<Grid> {
+    let int = |bits, group_size, symmetric, scale| Grid::Int {
+        grid: IntGrid { bits, group_size, symmetric, scale },
+        search: ScaleSearch::Minmax,
+    };
+    let block = |ty| {
+        let grid = BlockGrid::of(ty).unwrap();
+        Grid::Block { ty, grid, search: ScaleSearch::Minmax }
+    };
+    let mut grids = vec![
+        int(4, Some(32), true, DType::F16),
+        int(3, Some(64), false, DType::Bf16),
+        int(8, None, true, DType::F32),
+        Grid::F8E4m3 { scale: DType::Bf16 },
+        Grid::F8E4m3 { scale: DType::F16 },
+    ];
+    grids.extend(BlockGrid::TYPES.iter().map(|ty| block(*ty)));
+    grids
+}
+
+/// What is rounded is what a reader decodes, so it must be the same to the last bit everywhere.
+fn every_grid_rounds_as_on_the_cpu<B: Backend>(t: &Instance<B>) {
+    let reference = cpu::Cpu::new(Precision::F32, Some(1)).unwrap();
+    let (rows, cols) = (19, 512);
+    let mut w = random(&mut rng(11), rows * cols);
+    w[..cols].fill(0.0);
+    w.iter_mut().step_by(7).for_each(|w| *w *= 1e-4);
+    for grid in grids() {
+        let mut expected = reference.upload(&w, rows, cols).unwrap();
+        let mut rounding = Rounding::new(grid, rows, cols);
+        reference.choose_scales(&expected, None, &mut rounding).unwrap();
+        let mut found_rounding = rounding.clone();
+        reference.round(&mut expected, &mut rounding).unwrap();
+        let mut found = t.upload(&w, rows, cols);
+        t.backend.round(&mut found, &mut found_rounding).unwrap();
+        let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+        let expected = bits(reference.download(&expected).unwrap());
+        assert!(bits(t.download(&found)) == expected, "{grid}: values");
+        assert!(found_rounding == rounding, "{grid}: codes");
+    }
+}
+
+/// Sums differ in their last places, so a few values may go the other way.
+fn sweeps_round_as_on_the_cpu<B: Backend>(t: &Instance<B>) {
+    let reference = cpu::Cpu::new(Precision::F32, Some(1)).unwrap();
+    let (rows, cols) = (40, 512);
+    let rng = &mut rng(12);
+    let (w, u) = (random(rng, rows * cols), upper_factor(rng, cols));
+    let order: Vec<usize> = (0..cols).map(|i| i * 205 % cols).collect();
+    for grid in grids() {
+        // Columns in another order with scales fixed before, and in theirs with scales chosen on the way.
+        for fixed in [true, false] {
+            let mut rounding = Rounding::new(grid, rows, cols);
+            let weights = reference.upload(&w, rows, cols).unwrap();
+            if fixed || grid.span(cols) == cols {
+                reference.choose_scales(&weights, None, &mut rounding).unwrap();
+                rounding.fix_scales();
+                rounding.set_order(order.clone());
+            }
+            let start = rounding.clone();
+            let expected = sweep_all(&reference, (&w, &u, rows, cols), &mut rounding);
+            let mut found_rounding = start;
+            let found = sweep_all(&t.backend, (&w, &u, rows, cols), &mut found_rounding);
+            let same = rounding.codes.iter().zip(&found_rounding.codes).filter(|(a, b)| a == b);
+            let same = same.count() as f64 / rounding.codes.len() as f64;
+            assert!(same > 0.99, "{grid}, fixed {fixed}: {same}");
+            let norm = |values: &[f32]| values.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>();
+            let off: Vec<f32> = expected.iter().zip(&found).map(|(a, b)| a - b).collect();
+            let off = (norm(&off) / norm(&expected)).sqrt();
+            assert!(off < 0.02, "{grid}, fixed {fixed}: {off}");
+        }
+    }
+}
+
+/// A matrix after a sweep of column blocks of 256.
+fn sweep_all<B: Backend>(
+    b: &B,
+    (w, u, rows, cols): (&[f32], &[f32], usize, usize),
+    rounding: &mut Rounding,
+) -> Vec<f32> {
+    let mut w = b.upload(w, rows, cols).unwrap();
+    let u = b.upload(u, cols, cols).unwrap();
+    for first in (0..cols).step_by(256) {
+        let block = first..first + 256;
+        let rule = SweepRule::Group { zeros: 2, m: 4 };
+        let err = b.obs_sweep(&mut w, &u, block.clone(), rule, Some(rounding)).unwrap();
+        b.trailing_update(&mut w, &err, &u, block).unwrap();
+    }
+    b.download(&w).unwrap()
+}
+
+/// A matrix after the sweep of all its columns at once, with so many zeros of every `m`.
+fn sweep_groups<B: Backend>(
+    b: &B,
+    (w, u, rows, cols): (&[f32], &[f32], usize, usize),
+    (zeros, m): (usize, usize),
+) -> Vec<f32> {
+    let mut w = b.upload(w, rows, cols).unwrap();
+    let u = b.upload(u, cols, cols).unwrap();
+    b.obs_sweep(&mut w, &u, 0..cols, SweepRule::Group { zeros, m }, None).unwrap();
+    b.download(&w).unwrap()
+}
+
+/// Groups wider than what a backend may sweep at a time.
+fn wide_groups_lose_their_lowest<B: Backend>(t: &Instance<B>) {
+    let reference = cpu::Cpu::new(Precision::F32, Some(1)).unwrap();
+    let rng = &mut rng(13);
+    for (rows, cols, zeros, m) in [(9, 320, 80, 160), (5, 300, 7, 10), (33, 384, 190, 384)] {
+        let (w, u) = (random(rng, rows * cols), upper_factor(rng, cols));
+        let expected = sweep_groups(&reference, (&w, &u, rows, cols), (zeros, m));
+        let found = sweep_groups(&t.backend, (&w, &u, rows, cols), (zeros, m));
+        for group in found.chunks(m) {
+            assert_eq!(group.iter().filter(|w| **w == 0.0).count(), zeros, "{zeros}:{m}");
+        }
+        let differ = expected.iter().zip(&found).filter(|(a, b)| (**a == 0.0) != (**b == 0.0));
+        assert!(differ.count() <= 2 * found.len() / 1000, "{zeros}:{m}");
+    }
+}
+
 macro_rules! every_operation {
     ($make:ident, $instance:ident, $arithmetic:expr) => {
         backend_tests! {
@@ -950,6 +1073,7 @@ macro_rules! every_operation {
             column_statistics, diagonals_and_columns,
             inverse_factor_inverts, zero_lowest_counts_exactly, obs_sweep_follows_algorithm_1,
             quadratic_form_sums_rows, ceiling_is_positive, columns_are_permuted_and_zeros_copied,
+            every_grid_rounds_as_on_the_cpu, sweeps_round_as_on_the_cpu, wide_groups_lose_their_lowest,
             rounding_takes_the_nearest_value, obs_sweep_rounds_and_feeds_errors_on,
             dense_products_follow_the_definition, eigenvectors_are_orthonormal_and_reconstruct,
             eigenvalues_over_ten_decades_are_found, equal_eigenvalues_have_a_whole_basis,
