@@ -652,7 +652,7 @@ pub(super) fn layer_times(times: &LayerTimes) -> Result<(), CliError> {
     let mut text = io::stdout().lock();
     writeln!(
         text,
-        "layer of {} x {}, sparsegpt {}, {} tokens in batches of {} ({} different ones in turn)",
+        "layer of {} x {}, sparsegpt {}, {} tokens in batches of {} ({} distinct, in turn)",
         times.rows,
         times.cols,
         times.sparsity,
