@@ -98,3 +98,20 @@ fn a_layer_that_memory_cannot_hold_is_refused() {
     let ran = layer(&args).fails(2);
     ran.says(&["error: a layer of 1048576 x 1048576 needs", "choose smaller --rows or --cols"]);
 }
+
+#[test]
+fn cuda_times_a_layer() {
+    let args = ["--rows", "32", "--cols", "64", "--tokens", "96", "--repeat", "1", "--json"];
+    let ran = layer(&args).args(["--device", "cuda:0"]).run();
+    if ran.stderr().contains("no CUDA device 0")
+        && std::env::var_os("SPARSEPACK_REQUIRE_GPU").is_none()
+    {
+        println!("skipped: {}", ran.stderr());
+        return;
+    }
+    let report = ran.exits(0).json();
+    assert_eq!(report["phases"].as_array().unwrap().len(), PHASES.len());
+    assert!(!report["compute"].as_str().unwrap().starts_with("CPU"), "{report}");
+    let error = report["relative_error"].as_f64().unwrap();
+    assert!(error > 0.0 && error < 0.5, "{error}");
+}
