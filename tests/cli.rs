@@ -11,7 +11,8 @@ use crate::harness::{
 
 const MAGNITUDE: [&str; 4] = ["--prune", "magnitude", "--sparsity", "2:4"];
 const SPARSEGPT: [&str; 4] = ["--prune", "sparsegpt", "--sparsity", "2:4"];
-const COMMANDS: [&str; 7] = ["inspect", "plan", "convert", "eval", "verify", "unpack", "generate"];
+const COMMANDS: [&str; 8] =
+    ["inspect", "plan", "convert", "eval", "verify", "unpack", "bench", "generate"];
 
 fn model() -> std::path::PathBuf {
     fixture("model")
@@ -504,7 +505,7 @@ fn json_lines_are_calibration_text() {
 
 /// Compares what a failing command says with `errors/NAME.txt`.
 #[track_caller]
-fn expect_error(name: &str, code: i32, dir: &Dir, command: Command) {
+pub(crate) fn expect_error(name: &str, code: i32, dir: &Dir, command: Command) {
     let ran: Ran = command.fails(code);
     let text = ran
         .stderr()

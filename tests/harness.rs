@@ -2,10 +2,11 @@
 
 use std::{
     collections::BTreeMap,
-    ffi::OsStr,
+    ffi::{OsStr, OsString},
     fs,
     path::{Path, PathBuf},
     process::{Child, Output, Stdio},
+    sync::LazyLock,
     thread::sleep,
     time::{Duration, Instant},
 };
@@ -42,9 +43,20 @@ impl Dir {
     }
 }
 
-/// The root of the repository.
+/// The root of the repository: where cargo says it is now, since tests may run on another machine than
+/// they were built on (`.ci/gpu`), else where it was.
 pub(crate) fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
+    static ROOT: LazyLock<PathBuf> = LazyLock::new(|| {
+        std::env::var_os("CARGO_MANIFEST_DIR")
+            .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from)
+    });
+    &ROOT
+}
+
+/// The program, found in the same way.
+fn program() -> OsString {
+    std::env::var_os("CARGO_BIN_EXE_sparsepack")
+        .unwrap_or_else(|| env!("CARGO_BIN_EXE_sparsepack").into())
 }
 
 pub(crate) fn fixture(name: &str) -> PathBuf {
@@ -104,7 +116,7 @@ pub(crate) struct Command(std::process::Command);
 
 impl Command {
     pub(crate) fn new(name: &str) -> Self {
-        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_sparsepack"));
+        let mut command = std::process::Command::new(program());
         // Tests mean the CPU, also where there is a GPU, unless they say otherwise.
         command.arg(name).current_dir(root()).stdin(Stdio::null()).env("CUDA_VISIBLE_DEVICES", "");
         Self(command)

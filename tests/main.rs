@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests")]
 #![allow(clippy::print_stdout, reason = "tests print what they measure and what they skip")]
 
+mod bench;
 mod cli;
 #[cfg(all(unix, feature = "cuda"))]
 mod cuda;

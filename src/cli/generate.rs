@@ -33,10 +33,7 @@ pub(super) fn run(args: &GenerateArgs, command: &mut Command) -> Result<Status, 
     match args.what {
         What::Man => {
             command.build();
-            clap_mangen::Man::new(command.clone()).render(&mut bytes)?;
-            for sub in command.get_subcommands().filter(|sub| sub.get_name() != "help") {
-                clap_mangen::Man::new(sub.clone()).render(&mut bytes)?;
-            }
+            man_pages(command, &mut bytes)?;
         }
         What::Completions { shell } => {
             clap_complete::generate(shell, command, "sparsepack", &mut bytes);
@@ -48,4 +45,11 @@ pub(super) fn run(args: &GenerateArgs, command: &mut Command) -> Result<Status, 
     }
     std::io::stdout().lock().write_all(&bytes)?;
     Ok(Status::Done)
+}
+
+/// The page of a command, and those of the commands below it.
+fn man_pages(command: &Command, bytes: &mut Vec<u8>) -> Result<(), CliError> {
+    clap_mangen::Man::new(command.clone()).render(bytes)?;
+    let subcommands = command.get_subcommands().filter(|sub| sub.get_name() != "help");
+    subcommands.into_iter().try_for_each(|sub| man_pages(sub, bytes))
 }

@@ -3,6 +3,7 @@
 //! Standard output carries what was asked for; progress, logs and errors go to standard error.
 
 mod args;
+mod bench;
 mod convert;
 mod error;
 mod eval;
@@ -51,6 +52,8 @@ enum Command {
     Verify(verify::VerifyArgs),
     /// Write a packed or compressed directory as plain safetensors, bit for bit.
     Unpack(unpack::UnpackArgs),
+    /// Measure how fast this machine prunes a layer.
+    Bench(bench::BenchArgs),
     /// Print a man page, shell completions, or the recipe schema.
     Generate(generate::GenerateArgs),
 }
@@ -97,6 +100,7 @@ impl Command {
             Self::Eval(args) => eval::run(&args, quiet),
             Self::Verify(args) => verify::run(&args),
             Self::Unpack(args) => unpack::run(&args),
+            Self::Bench(args) => bench::run(&args),
             Self::Generate(args) => generate::run(&args, &mut Cli::command()),
         }
     }

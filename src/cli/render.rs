@@ -16,7 +16,7 @@ use super::{
 use crate::{
     model::ModelSource,
     pipeline::{
-        ConversionPlan, Converted, Fallback, Manifest, Phase, PhaseTimes, SliceAccount,
+        ConversionPlan, Converted, Fallback, LayerTimes, Manifest, Phase, PhaseTimes, SliceAccount,
         TensorRecord, Totals, VerifyReport, resident_bytes,
     },
     recipe::OutputFormat,
@@ -650,5 +650,49 @@ pub(super) fn verify(path: &Path, report: &VerifyReport) -> Result<(), CliError>
 /// A finished unpacking.
 pub(super) fn unpacked(out: &Path, written: u64) -> Result<(), CliError> {
     writeln!(io::stdout().lock(), "wrote {} ({} of tensors)", out.display(), bytes(written))?;
+    Ok(())
+}
+
+/// What a layer took.
+pub(super) fn layer_times(times: &LayerTimes) -> Result<(), CliError> {
+    let mut text = io::stdout().lock();
+    writeln!(
+        text,
+        "layer of {} x {}, sparsegpt {}, {} tokens in batches of {} ({} distinct, in turn)",
+        times.rows,
+        times.cols,
+        times.sparsity,
+        count(times.tokens as u64),
+        times.batch_tokens,
+        times.distinct_batches
+    )?;
+    writeln!(text, "  phase         seconds   TFLOP/s      GB/s  of ceiling  arithmetic")?;
+    for phase in &times.phases {
+        let number =
+            |value: Option<f64>| value.map_or(String::new(), |value| format!("{value:.3}"));
+        let share =
+            phase.of_ceiling.map_or(String::new(), |share| format!("{:.1}%", 100.0 * share));
+        let line = format!(
+            "  {:<9} {:>11.5} {:>9} {:>9} {:>11}  {}",
+            phase.phase.name(),
+            phase.seconds,
+            number(phase.tflops_per_sec),
+            number(phase.gbytes_per_sec),
+            share,
+            phase.arithmetic.unwrap_or_default()
+        );
+        writeln!(text, "{}", line.trim_end())?;
+    }
+    writeln!(text, "  median of {} after one that is not counted", times.repeat)?;
+    writeln!(
+        text,
+        "  ceiling         {:.3} TFLOP/s, a large product as the backend computes it",
+        times.gemm_ceiling_flops_per_sec / 1e12
+    )?;
+    writeln!(text, "  stored          {} as {}", bytes(times.packed_bytes), times.encoding)?;
+    if let (Some(error), Some(damp)) = (times.relative_error, times.damp) {
+        writeln!(text, "  output error    {error:.4} at damping {damp}")?;
+    }
+    writeln!(text, "  computed on     {}", times.compute)?;
     Ok(())
 }

@@ -210,6 +210,11 @@ pub(super) fn sweep_flops(rows: f64, cols: f64) -> f64 {
     rows * cols * cols
 }
 
+/// Operations of one quadratic form of a `rows × cols` layer with the triangle of its Hessian.
+pub(super) fn form_flops(rows: f64, cols: f64) -> f64 {
+    rows * cols * cols
+}
+
 /// Operations of the factor of a Hessian: Cholesky and triangular inverse.
 pub(super) fn factor_flops(features: f64) -> f64 {
     2.0 / 3.0 * features.powi(3)

@@ -128,7 +128,7 @@ impl Encodings<'_> {
             return Ok(tensor.encoding);
         }
         let packed = match self.pruned(tensor) {
-            Some(prune) => self.of_pruned(tensor, dtype, prune),
+            Some(prune) => of_pruned(&tensor.shape, dtype, prune, self.solver),
             // What slicing leaves has no zeros to look for.
             None if self.repacks() => {
                 let scan = scan.get_or_insert_default();
@@ -168,7 +168,7 @@ impl Encodings<'_> {
     ) -> Result<Encoding> {
         let all = Encoding::Int { grid, kept: Kept::All };
         let pattern = match layer.prune {
-            Some(prune) => self.of_pruned(tensor, grid.scale, prune),
+            Some(prune) => of_pruned(&tensor.shape, grid.scale, prune, self.solver),
             None => tensor.encoding,
         };
         let kept = match pattern {
@@ -181,25 +181,6 @@ impl Encodings<'_> {
         let packed = Encoding::Int { grid, kept };
         let smaller = stored_bytes(tensor, packed)? < stored_bytes(tensor, all)?;
         Ok(if smaller { packed } else { all })
-    }
-
-    /// The encoding that the pattern of a pruned matrix asks for.
-    fn of_pruned(
-        &self,
-        tensor: &ModelTensor,
-        dtype: DType,
-        Pruning { method, sparsity }: Pruning,
-    ) -> Encoding {
-        match (sparsity, tensor.shape.as_slice()) {
-            (Sparsity::NofM { n: 2, m: 4 }, _) => Encoding::Sparse24 { dtype },
-            // Both are at most 16.
-            (Sparsity::NofM { n, m }, _) => Encoding::Nm { n: n as u8, m: m as u8, dtype },
-            (Sparsity::Unstructured(_), &[rows, cols]) => {
-                let zeros = method.zeros(sparsity, rows, cols, self.solver);
-                Encoding::Bitmask { dtype, kept: (rows * cols - zeros) as u64 }
-            }
-            (Sparsity::Unstructured(_), _) => Encoding::Dense { dtype },
-        }
     }
 
     /// The cheapest encoding that holds the source's matrix exactly, a few rows at a time.
@@ -228,6 +209,25 @@ impl Encodings<'_> {
         } else {
             own
         })
+    }
+}
+
+/// The packed encoding that the pattern of a pruned matrix asks for.
+pub(super) fn of_pruned(
+    shape: &[usize],
+    dtype: DType,
+    Pruning { method, sparsity }: Pruning,
+    options: SolverOptions,
+) -> Encoding {
+    match (sparsity, shape) {
+        (Sparsity::NofM { n: 2, m: 4 }, _) => Encoding::Sparse24 { dtype },
+        // Both are at most 16.
+        (Sparsity::NofM { n, m }, _) => Encoding::Nm { n: n as u8, m: m as u8, dtype },
+        (Sparsity::Unstructured(_), &[rows, cols]) => {
+            let zeros = method.zeros(sparsity, rows, cols, options);
+            Encoding::Bitmask { dtype, kept: (rows * cols - zeros) as u64 }
+        }
+        (Sparsity::Unstructured(_), _) => Encoding::Dense { dtype },
     }
 }
 

@@ -3,6 +3,7 @@
 //! [`convert`] is the whole of it; the loop over blocks is in `run.rs`.
 
 mod archive;
+mod bench;
 mod budget;
 mod copy;
 mod encodings;
@@ -31,6 +32,7 @@ mod workers;
 
 use std::path::Path;
 
+pub use bench::{LayerBench, LayerPhase, LayerTimes, PhaseTime};
 pub use budget::MemoryBudget;
 pub use encodings::Scan;
 pub use error::{PipelineError, Result};

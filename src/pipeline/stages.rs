@@ -10,7 +10,7 @@ use std::time::Instant;
 use sparsepack_formats::FormatError;
 
 use super::{
-    budget::{factor_flops, forward_flops, gram_flops, sweep_flops},
+    budget::{factor_flops, form_flops, forward_flops, gram_flops, sweep_flops},
     error::{PipelineError, Result},
     loader::{LoadedBlock, LoadedLinear},
     plan::{BlockPlan, LayerPlan},
@@ -349,18 +349,20 @@ impl<B: Backend> StageContext<'_, B> {
             }
             let features = self.config.capture_width(point) as f64;
             let hessian = solver.needs() == StatKind::Hessian;
-            let sweep: f64 =
-                planned.iter().map(|layer| sweep_flops(layer.rows as f64, layer.cols as f64)).sum();
+            let of_all = |flops: fn(f64, f64) -> f64| -> f64 {
+                planned.iter().map(|layer| flops(layer.rows as f64, layer.cols as f64)).sum()
+            };
             times.charge(
                 Phase::Factor,
                 spent.factor_secs,
                 if hessian { sweeps * factor_flops(features) } else { 0.0 },
             );
-            let swept = if hessian { sweeps * sweep } else { 0.0 };
+            let swept = if hessian { sweeps * of_all(sweep_flops) } else { 0.0 };
             times.charge(Phase::Sweep, spent.sweep_secs, swept);
             // Two quadratic forms of a triangle each, and a third of what rounding to nearest gives.
             let forms = if way.quantize.is_some() { 3.0 } else { 2.0 };
-            times.charge(Phase::Error, spent.error_secs, if hessian { forms * sweep } else { 0.0 });
+            let formed = if hessian { forms * of_all(form_flops) } else { 0.0 };
+            times.charge(Phase::Error, spent.error_secs, formed);
         }
         Ok(all)
     }

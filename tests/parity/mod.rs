@@ -10,14 +10,9 @@ mod slicegpt;
 mod sparsegpt;
 mod wanda;
 
-use std::path::{Path, PathBuf};
-
 use safetensors::SafeTensors;
 
-/// A file or directory under `fixtures/`.
-fn fixture(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(path)
-}
+use crate::harness::fixture;
 
 /// A safetensors file of recorded values.
 struct Golden(Vec<u8>);
