@@ -132,11 +132,13 @@ impl Command {
         self
     }
 
+    #[cfg(feature = "cuda")]
     pub(crate) fn env(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
         self.0.env(name, value);
         self
     }
 
+    #[cfg(feature = "cuda")]
     pub(crate) fn env_remove(mut self, name: &str) -> Self {
         self.0.env_remove(name);
         self

@@ -1012,7 +1012,7 @@ fn sweeps_round_as_on_the_cpu<B: Backend>(t: &Instance<B>) {
             let norm = |values: &[f32]| values.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>();
             let off: Vec<f32> = expected.iter().zip(&found).map(|(a, b)| a - b).collect();
             let off = (norm(&off) / norm(&expected)).sqrt();
-            assert!(off < 0.02, "{grid}, fixed {fixed}: {off}");
+            assert!(off < 0.05, "{grid}, fixed {fixed}: {off}");
         }
     }
 }

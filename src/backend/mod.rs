@@ -19,6 +19,8 @@ pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 
+use std::sync::Once;
+
 pub use block_ops::{Activation, AttentionShape, BlockOps, RopeTables, SequenceLens};
 pub use dense_ops::{Dense, DenseOps, Eigen};
 pub use error::{BackendError, Result};
@@ -46,6 +48,8 @@ pub enum Precision {
 /// Which device does the arithmetic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Device {
+    /// The first NVIDIA GPU, or the CPU where there is none; which and why is logged.
+    Auto,
     /// The CPU.
     #[default]
     Cpu,
@@ -74,7 +78,7 @@ pub trait BackendJob {
 }
 
 /// The best device there is, and in words which it is and why.
-pub fn best_device() -> (Device, String) {
+fn best_device() -> (Device, String) {
     #[cfg(feature = "cuda")]
     match cuda::probe(0) {
         Ok(name) => (Device::Cuda(0), format!("cuda:0, {name}")),
@@ -84,13 +88,24 @@ pub fn best_device() -> (Device, String) {
     (Device::Cpu, "the CPU: this build has no other backend".to_owned())
 }
 
+/// What [`Device::Auto`] means here, logged once.
+fn settle(device: Device) -> Device {
+    static LOGGED: Once = Once::new();
+    if device != Device::Auto {
+        return device;
+    }
+    let (device, which) = best_device();
+    LOGGED.call_once(|| tracing::info!("computing on {which}"));
+    device
+}
+
 /// Runs `job` on the chosen device: the only function that names concrete backends.
 ///
 /// # Errors
 /// [`BackendError`] when the device cannot be set up as asked.
 pub fn dispatch<J: BackendJob + Send>(options: DeviceOptions, job: J) -> Result<J::Output> {
-    match options.device {
-        Device::Cpu => {
+    match settle(options.device) {
+        Device::Cpu | Device::Auto => {
             let backend = cpu::Cpu::new(options.precision, options.threads)?;
             Ok(backend.scope(|| job.run(&backend)))
         }

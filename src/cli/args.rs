@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum, ValueHint};
 
 use super::CliError;
 use crate::{
-    backend::{Device, DeviceOptions, Precision, ScaleSearch, best_device},
+    backend::{Device, DeviceOptions, Precision, ScaleSearch},
     compress::{
         Basis, Candidate, Correction, Damping, GroupSize, Method, Quantizer, Scheme, Sparsity,
     },
@@ -21,10 +21,9 @@ use crate::{
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Device")]
 pub(super) struct DeviceArgs {
-    /// Device to compute on: cpu, cuda:N for an NVIDIA GPU, or auto for cuda:0 where there is one, else
-    /// the CPU.
+    /// Device to compute on: cpu, cuda:N, or auto, which is cuda:0 if there is one.
     #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = parse_device)]
-    device: DeviceChoice,
+    device: Device,
     /// Arithmetic of matrix products.
     #[arg(long, value_name = "TYPE", default_value = "auto")]
     compute: Compute,
@@ -34,19 +33,13 @@ pub(super) struct DeviceArgs {
 }
 
 /// `--device`.
-#[derive(Debug, Clone, Copy)]
-enum DeviceChoice {
-    Auto,
-    These(Device),
-}
-
-fn parse_device(text: &str) -> Result<DeviceChoice, String> {
+fn parse_device(text: &str) -> Result<Device, String> {
     let refused = || format!("expected auto, cpu or cuda:N, found {text:?}");
     match text {
-        "auto" => Ok(DeviceChoice::Auto),
-        "cpu" => Ok(DeviceChoice::These(Device::Cpu)),
+        "auto" => Ok(Device::Auto),
+        "cpu" => Ok(Device::Cpu),
         _ => match text.strip_prefix("cuda") {
-            Some(index) => cuda_device(index).ok_or_else(refused)?.map(DeviceChoice::These),
+            Some(index) => cuda_device(index).ok_or_else(refused)?,
             None => Err(refused()),
         },
     }
@@ -79,20 +72,12 @@ pub(super) enum Compute {
 
 impl DeviceArgs {
     pub(super) fn resolve(&self) -> DeviceOptions {
-        let device = match self.device {
-            DeviceChoice::These(device) => device,
-            DeviceChoice::Auto => {
-                let (device, which) = best_device();
-                tracing::info!("computing on {which}");
-                device
-            }
-        };
         let precision = match self.compute {
             Compute::Auto => Precision::Auto,
             Compute::F32 => Precision::F32,
             Compute::Bf16 => Precision::Bf16,
         };
-        DeviceOptions { device, precision, threads: self.threads.map(usize::from) }
+        DeviceOptions { device: self.device, precision, threads: self.threads.map(usize::from) }
     }
 }
 

@@ -35,7 +35,7 @@ impl Block {
     fn new(u: Vec<f32>, first: usize, width: usize) -> Self {
         let diagonal: Vec<f32> = u.iter().step_by(width + 1).copied().collect();
         let cost = diagonal.iter().map(|u| 1.0 / (u * u)).collect();
-        Self { u, cost, diagonal, first, width }
+        Self { u, diagonal, cost, first, width }
     }
 
     /// Row `j` right of the diagonal.

@@ -61,15 +61,16 @@ pub(super) fn causal_attention(
         let detail = format!("heads of {head_dim} columns; the GPU's kernels have at most {most}");
         return Err(shape_error(OPERATION, detail));
     };
-    let tiles = tiles(lens, kernel.queries);
+    let key = (lens.clone(), kernel.queries);
+    let tiles =
+        cuda.tiles.get(&key, || cuda.gpu.upload(&tiles(lens, kernel.queries), OPERATION))?;
     let blocks = [tiles.len() / 3 * shape.num_heads, 1, 1];
-    let tiles = cuda.gpu.upload(&tiles, OPERATION)?;
     let geometry = Geometry { blocks, threads: [threads, 1], shared: kernel.shared };
     let launch = |qkv, out: &mut CudaMatrix| {
         let args = [
             qkv,
             (&mut out.values).into(),
-            (&tiles).into(),
+            (&*tiles).into(),
             (shape.num_heads as u32).into(),
             (shape.num_kv_heads as u32).into(),
             (head_dim as u32).into(),

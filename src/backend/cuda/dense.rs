@@ -17,7 +17,7 @@ pub(super) fn product(cuda: &Cuda, a: &Dense, b: &Dense) -> Result<Dense> {
     let left = Operand { values: left.as_view(), stride: a.cols.max(1), transposed: false };
     let right = Operand { values: right.as_view(), stride: n.max(1), transposed: false };
     if a.cols > 0 {
-        cuda.gpu.multiply(OPERATION, shape, left, right, &mut out.as_view_mut(), n)?;
+        cuda.gpu.multiply(OPERATION, shape, &left, &right, &mut out.as_view_mut(), n)?;
     }
     Ok(Dense { rows: m, cols: n, data: cuda.gpu.download(&out, m * n, OPERATION)? })
 }

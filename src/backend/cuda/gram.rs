@@ -38,7 +38,7 @@ pub(super) fn gram_accumulate(cuda: &Cuda, h: &mut CudaMatrix, x: &CudaMatrix) -
                 let rows = Operand { values: x.slice(first..), stride: n, transposed: true };
                 let columns = Operand { values: x.as_view(), stride: n, transposed: false };
                 let mut h = h.slice_mut(first * n..);
-                cuda.gpu.multiply(OPERATION, shape, rows, columns, &mut h, n)?;
+                cuda.gpu.multiply(OPERATION, shape, &rows, &columns, &mut h, n)?;
             }
             Ok(())
         }
@@ -79,7 +79,7 @@ fn cross<T: Element<Sum = f32>>(
     let right = Operand { values: b_values.as_view(), stride: b.cols, transposed: false };
     let stride = b.cols;
     let mut c = c.f32s_mut(OPERATION)?.as_view_mut();
-    gpu.multiply(OPERATION, shape, left, right, &mut c, stride)
+    gpu.multiply(OPERATION, shape, &left, &right, &mut c, stride)
 }
 
 /// Multiplies each row of `x` with its factor.

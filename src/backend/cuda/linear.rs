@@ -136,7 +136,7 @@ fn multiply<T: Element<Sum = f32>>(
     let left = Operand { values: x_values.as_view(), stride: k, transposed: false };
     let right = Operand { values: w_values.as_view(), stride: k, transposed: true };
     let mut out = out.f32s_mut(operation)?.as_view_mut();
-    cuda.gpu.multiply(operation, shape, left, right, &mut out, n)
+    cuda.gpu.multiply(operation, shape, &left, &right, &mut out, n)
 }
 
 /// FLOP/s of a product that fills the device: squares of growing size, up to one that takes long enough

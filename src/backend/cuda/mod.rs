@@ -11,6 +11,7 @@
 
 mod activation;
 mod attention;
+mod cached;
 mod dense;
 mod driver;
 mod gram;
@@ -25,6 +26,8 @@ mod sweep;
 
 use std::ops::Range;
 
+use cached::Cached;
+use driver::Memory;
 pub use matrix::{CudaMatrix, CudaWeight};
 
 use super::{
@@ -59,6 +62,12 @@ pub struct Cuda {
     processors: usize,
     /// For what stays on the host.
     host: cpu::Cpu,
+    /// Cosines and sines of the last rotation.
+    rope_tables: Cached<RopeTables, (Memory<f32>, Memory<f32>)>,
+    /// Position of each token in its sequence, of the last rotation.
+    positions: Cached<SequenceLens, Memory<u32>>,
+    /// Blocks of queries of the last attention, for tiles of so many.
+    tiles: Cached<(SequenceLens, usize), Memory<u32>>,
 }
 
 /// The name of device `index`, if it and NVIDIA's libraries are there.
@@ -90,7 +99,15 @@ impl Cuda {
         };
         let host = cpu::Cpu::new(Precision::F32, threads)?;
         let processors = gpu.processors()?;
-        Ok(Self { gpu, products, processors, host })
+        Ok(Self {
+            gpu,
+            products,
+            processors,
+            host,
+            rope_tables: Cached::default(),
+            positions: Cached::default(),
+            tiles: Cached::default(),
+        })
     }
 
     /// Runs `work` with the host's threads.

@@ -2,7 +2,7 @@
 
 use super::{
     Cuda, CudaMatrix, Products,
-    driver::{Geometry, KernelFile},
+    driver::{Arg, Geometry, KernelFile},
     matrix::shape_error,
 };
 use crate::backend::{AttentionShape, Result, RopeTables, SequenceLens};
@@ -28,26 +28,34 @@ pub(super) fn rope(
         let detail = format!("{positions} positions for sequences of {}", lens.longest());
         return Err(shape_error(OPERATION, detail));
     }
-    let positions: Vec<u32> = lens.ranges().flat_map(|range| 0..range.len() as u32).collect();
     let gpu = &cuda.gpu;
-    let positions = gpu.upload(&positions, OPERATION)?;
-    let (cos, sin) = (gpu.upload(&tables.cos, OPERATION)?, gpu.upload(&tables.sin, OPERATION)?);
+    let positions = cuda.positions.get(lens, || {
+        let positions = lens.ranges().flat_map(|range| 0..range.len() as u32);
+        gpu.upload(&positions.collect::<Vec<_>>(), OPERATION)
+    })?;
+    let angles = cuda.rope_tables.get(tables, || {
+        Ok((gpu.upload(&tables.cos, OPERATION)?, gpu.upload(&tables.sin, OPERATION)?))
+    })?;
+    let (cos, sin) = &*angles;
     let rotated = (shape.num_heads + shape.num_kv_heads) as u32;
     let geometry = Geometry { blocks: [tokens, 1, 1], threads: [128, 1], shared: 0 };
-    let tables = [(&positions).into(), (&cos).into(), (&sin).into()];
-    let sizes = [(cols as u32).into(), rotated.into(), (half_dim as u32).into()];
-    let [positions, cos, sin] = tables;
-    let [cols_arg, rotated, half_dim] = sizes;
+    let shared: [Arg<'_>; 6] = [
+        (&*positions).into(),
+        cos.into(),
+        sin.into(),
+        (cols as u32).into(),
+        rotated.into(),
+        (half_dim as u32).into(),
+    ];
     match cuda.products {
         Products::F32 => {
-            let qkv = qkv.f32s_mut(OPERATION)?.into();
-            let args = [qkv, positions, cos, sin, cols_arg, rotated, half_dim];
+            let args = [&[qkv.f32s_mut(OPERATION)?.into()], &shared[..]].concat();
             gpu.launch(FILE, "rope_f32", geometry, &args)
         }
         Products::Bf16 => {
             let mut out = gpu.allocate(tokens * cols, OPERATION)?;
-            let from = qkv.f32s(OPERATION)?.into();
-            let args = [from, (&mut out).into(), positions, cos, sin, cols_arg, rotated, half_dim];
+            let own = [qkv.f32s(OPERATION)?.into(), (&mut out).into()];
+            let args = [&own, &shared[..]].concat();
             gpu.launch(FILE, "rope_bf16", geometry, &args)?;
             *qkv = CudaMatrix::bf16(tokens, cols, out);
             Ok(())

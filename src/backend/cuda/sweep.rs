@@ -174,7 +174,7 @@ fn marks(
 
 /// The parts of some columns that are swept in one launch each, of whole groups of `m`.
 fn parts(columns: &Range<usize>, m: usize) -> impl Iterator<Item = Range<usize>> + use<> {
-    let len = if m == 0 { PART } else { PART / m * m };
+    let len = PART.checked_div(m).map_or(PART, |groups| groups * m);
     let end = columns.end;
     columns.clone().step_by(len).map(move |first| first..end.min(first + len))
 }
@@ -198,7 +198,7 @@ fn move_errors(
     let right = u.slice(part.start * cols + part.end..);
     let right = Operand { values: right, stride: cols, transposed: false };
     let mut w = w.slice_mut(part.end..);
-    cuda.gpu.multiply("trailing_update", shape, errors, right, &mut w, cols)
+    cuda.gpu.multiply("trailing_update", shape, &errors, &right, &mut w, cols)
 }
 
 /// What zeroing each weight of some columns costs.

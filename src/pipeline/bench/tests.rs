@@ -1,3 +1,5 @@
+#![allow(clippy::float_cmp, reason = "counts are exact")]
+
 use super::*;
 use crate::backend::{Precision, SequenceLens, cpu::Cpu};
 

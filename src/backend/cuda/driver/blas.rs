@@ -75,8 +75,8 @@ impl Gpu {
         &self,
         operation: &'static str,
         Product { m, n, k, alpha, beta }: Product,
-        a: Operand<'_, T>,
-        b: Operand<'_, T>,
+        a: &Operand<'_, T>,
+        b: &Operand<'_, T>,
         c: &mut CudaViewMut<'_, T::Sum>,
         c_stride: usize,
     ) -> Result<()> {
@@ -87,15 +87,14 @@ impl Gpu {
             let (rows, cols) = if operand.transposed { (cols, rows) } else { (rows, cols) };
             operand.stride >= cols && operand.values.len() >= extent(rows, cols, operand.stride)
         };
-        if !reach(&a, m, k) || !reach(&b, k, n) || c_stride < n || c.len() < extent(m, n, c_stride)
-        {
+        if !reach(a, m, k) || !reach(b, k, n) || c_stride < n || c.len() < extent(m, n, c_stride) {
             let detail = format!("a product of [{m}, {k}] and [{k}, {n}] beyond its operands");
             return Err(BackendError::Shape { operation, detail });
         }
         let int = |value| self.int(operation, value);
-        let transpose = |transposed| match transposed {
-            true => sys::cublasOperation_t::CUBLAS_OP_T,
-            false => sys::cublasOperation_t::CUBLAS_OP_N,
+        let transpose = |transposed| {
+            use sys::cublasOperation_t::{CUBLAS_OP_N, CUBLAS_OP_T};
+            if transposed { CUBLAS_OP_T } else { CUBLAS_OP_N }
         };
         let (alpha, beta) = (T::scalar(alpha), T::scalar(beta));
         let stream = self.stream.as_ref();

@@ -318,7 +318,7 @@ fn parameters(text: &str, name: &str) -> Option<Vec<Kind>> {
     let code: Vec<&str> =
         declared.lines().map(|line| line.split("//").next().unwrap_or("")).collect();
     let code = code.join(" ");
-    code.split(',').map(|parameter| kind(parameter)).collect()
+    code.split(',').map(kind).collect()
 }
 
 /// The type of a parameter as it is declared.

@@ -12,7 +12,7 @@ pub(in super::super) fn probe(index: usize) -> Result<String> {
     if !unsafe { driver::sys::is_culib_present() } {
         return Err(none("no NVIDIA driver, libcuda is not to be found".to_owned()));
     }
-    let failed = |error: driver::DriverError| none(reason(&error));
+    let failed = |error: driver::DriverError| none(reason(error));
     driver::result::init().map_err(failed)?;
     let count = driver::result::device::get_count().map_err(failed)?;
     if count <= 0 {
@@ -27,7 +27,7 @@ pub(in super::super) fn probe(index: usize) -> Result<String> {
     driver::result::device::get_name(device).map_err(failed)
 }
 
-fn reason(error: &driver::DriverError) -> String {
+fn reason(error: driver::DriverError) -> String {
     use driver::sys::CUresult;
     match error.0 {
         CUresult::CUDA_ERROR_NO_DEVICE => "the driver sees no device".to_owned(),

@@ -136,7 +136,7 @@ impl Gpu {
         a: &mut Memory<f64>,
     ) -> Result<Memory<f64>> {
         let mut values = self.allocate::<f64>(n, operation)?;
-        let (to, _to) = values.device_ptr_mut(&self.stream);
+        let (to, in_use) = values.device_ptr_mut(&self.stream);
         let to = to as *mut c_void;
         let info = self.factorise(operation, n, a, |a, call| {
             let (handle, params) = (self.solver.handle.cu(), self.solver.params);
@@ -167,7 +167,7 @@ impl Gpu {
                 }
             }
         })?;
-        drop(_to);
+        drop(in_use);
         match info {
             0 => Ok(values),
             1.. => Err(BackendError::NoEigenvectors { size: n }),
