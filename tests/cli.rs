@@ -689,7 +689,7 @@ fn budget_without_text() {
 fn budget_too_small() {
     let budget = ["--target-bits", "1.5", "--format", "packed", "--candidates", "int4"];
     let text = ["--group-size", "32", "--samples", "2", "--seq-len", "32", "--calibration"];
-    let text = [&text[..], &["fixtures/text/calibration.txt"]].concat();
+    let text = [&text[..], &["fixtures/text/calibration.txt", "--device", "cpu"]].concat();
     convert_error("budget_too_small", &[&budget[..], &text].concat());
 }
 

@@ -7,7 +7,7 @@
 //! to light there.
 //!
 //! What stays on the host: the search for scales of a grid, and with it sweeps that choose scales on
-//! the way (see [`sweep`]).
+//! the way (`sweep.rs`).
 
 mod activation;
 mod attention;
