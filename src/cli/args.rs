@@ -21,8 +21,7 @@ use crate::{
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Device")]
 pub(super) struct DeviceArgs {
-    /// Device to compute on: cpu, cuda:N for an NVIDIA GPU, or auto for cuda:0 where there is one, else
-    /// the CPU.
+    /// Where to compute: cpu, cuda:N for an NVIDIA GPU, or auto: cuda:0 if there is one, else the CPU.
     #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = parse_device)]
     device: DeviceChoice,
     /// Arithmetic of matrix products.
