@@ -1,3 +1,5 @@
+#![allow(clippy::float_cmp, reason = "counts of operations and bytes are exact")]
+
 use super::*;
 use crate::backend::{Precision, SequenceLens, cpu::Cpu};
 
