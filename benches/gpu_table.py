@@ -31,6 +31,8 @@ OURS = ("upload", "gram", "factor", "sweep", "error", "download", "pack")
 BLOCKS, HIDDEN, INNER = 96, 12288, 49152
 TOKENS, WINDOW = 128 * 2048, 2048
 VOCABULARY, POSITIONS = 50272, 2050
+# Queries, keys, values and output projection; the two matrices of the MLP.
+LAYERS = ((HIDDEN, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER))
 DISK = 2e9
 
 Result = dict[str, object]
@@ -158,8 +160,7 @@ def projection(sparsity: str, ours: dict[Case, Result], theirs: dict[Case, Resul
 
     def block(results: dict[Case, Result], phase: str) -> float | None:
         square, wide, deep = (
-            at_all_tokens(results.get(Case(rows, cols, sparsity)))
-            for rows, cols in ((HIDDEN, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER))
+            at_all_tokens(results.get(Case(rows, cols, sparsity))) for rows, cols in LAYERS
         )
         if not (square and wide and deep) or phase not in square:
             return None
@@ -187,8 +188,8 @@ def projection(sparsity: str, ours: dict[Case, Result], theirs: dict[Case, Resul
         lines.append(f"| {phase} | {cell(times[0], '.0f')} | {cell(times[1], '.0f')} |")
     if any(mine is None for _, mine, _ in rows) or not measured or "error" in measured:
         return [*lines, "", "Not all of its layers were measured: no sum."]
-    kept = 9 / 16 if ":" in sparsity else 1 - float(sparsity.rstrip("%")) / 100 + 1 / 16
-    written = source - 2 * BLOCKS * weights * (1 - kept)
+    packed = [ours[Case(rows, cols, sparsity)]["packed_bytes"] for rows, cols in LAYERS]
+    written = source - BLOCKS * (2 * weights - (4 * packed[0] + packed[1] + packed[2]))
     lines.append(f"| reading {source / 1e9:.0f} GB at 2 GB/s | {source / DISK:.0f} | |")
     lines.append(f"| writing {written / 1e9:.0f} GB at 2 GB/s | {written / DISK:.0f} | |")
     total = sum(mine * BLOCKS for _, mine, _ in rows) + (source + written) / DISK
