@@ -1,5 +1,7 @@
 //! Brings one decoder block to the device.
 
+use std::{panic::resume_unwind, thread::ScopedJoinHandle};
+
 use sparsepack_formats::{DType, encoding};
 
 use super::error::Result;
@@ -111,6 +113,24 @@ impl<B: Backend> LoadedBlock<B> {
     pub fn install_all(&mut self, b: &B) -> Result<()> {
         CapturePoint::ALL.into_iter().try_for_each(|point| self.install(b, point))
     }
+}
+
+/// Does `work` while block `next`, if any, is read.
+pub(super) fn read_beside<B: Backend, R>(
+    b: &B,
+    source: &ModelSource,
+    next: Option<usize>,
+    work: impl FnOnce() -> R,
+) -> (R, Result<Option<LoadedBlock<B>>>) {
+    std::thread::scope(|scope| {
+        let reading = next.map(|index| scope.spawn(move || LoadedBlock::load(b, source, index)));
+        let done = work();
+        let join = |reading: ScopedJoinHandle<'_, _>| match reading.join() {
+            Ok(read) => read,
+            Err(panic) => resume_unwind(panic),
+        };
+        (done, reading.map(join).transpose())
+    })
 }
 
 /// The matrices on the shortcuts of a sliced model's block.

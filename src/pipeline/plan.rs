@@ -338,6 +338,11 @@ impl ConversionPlan {
             && self.last_calibrated_block().is_none_or(|last| index > last)
     }
 
+    /// Whether a block is there and is not just copied: it is solved or run.
+    pub(super) fn loads_block(&self, index: usize) -> bool {
+        index < self.blocks.len() && !self.copies_block(index)
+    }
+
     /// The last block that needs activations; later ones are written without running them.
     pub fn last_calibrated_block(&self) -> Option<usize> {
         self.blocks.iter().rposition(|block| block.needs() > StatKind::None)

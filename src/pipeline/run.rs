@@ -12,7 +12,7 @@ use super::{
     entry,
     error::Result,
     journal::{Finished, Journal, RunIdentity},
-    loader::LoadedBlock,
+    loader::{LoadedBlock, read_beside},
     manifest::CalibrationRecord,
     packer::Packer,
     plan::{BlockPlan, ConversionPlan, OutputTensor, TablePlan},
@@ -85,6 +85,9 @@ impl BackendJob for Conversion<'_> {
 
     fn run<B: Backend>(self, b: &B) -> Result<Outcome> {
         let (mut run, first_block) = Run::start(b, &self)?;
+        // A device with memory of its own leaves the host's free for the next block.
+        let reads_ahead = b.free_memory()?.is_some();
+        let mut ahead = None;
         for block in &self.plan.blocks[first_block..] {
             let began = Instant::now();
             self.source.prefetch(block.index + 1);
@@ -92,10 +95,17 @@ impl BackendJob for Conversion<'_> {
                 run.copy_block(block.index, |_| true)?;
                 Vec::new()
             } else {
-                let mut loaded = run
-                    .times
-                    .time(Phase::Load, || LoadedBlock::load(b, self.source, block.index))?;
-                let reports = run.solve(block, &mut loaded)?;
+                let load = || LoadedBlock::load(b, self.source, block.index);
+                let mut loaded = match ahead.take() {
+                    Some(loaded) => loaded,
+                    None => run.times.time(Phase::Load, load)?,
+                };
+                let next = self.plan.loads_block(block.index + 1).then_some(block.index + 1);
+                let next = next.filter(|_| reads_ahead);
+                let solve = || run.solve(block, &mut loaded);
+                let (reports, read) = read_beside(b, self.source, next, solve);
+                let reports = reports?;
+                ahead = read?;
                 run.copy_block(block.index, |output| output.linear.is_none())?;
                 reports
             };

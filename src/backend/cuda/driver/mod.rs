@@ -11,7 +11,7 @@ mod memory;
 mod present;
 mod solver;
 
-use std::sync::Arc;
+use std::{mem::ManuallyDrop, sync::Arc};
 
 use cudarc::{
     cublas::CudaBlas,
@@ -30,8 +30,8 @@ use crate::backend::{BackendError, Result};
 pub(super) struct Gpu {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
-    blas: CudaBlas,
-    solver: solver::Solver,
+    blas: ManuallyDrop<CudaBlas>,
+    solver: ManuallyDrop<solver::Solver>,
     kernels: kernels::Kernels,
     name: String,
     /// Major and minor compute capability.
@@ -66,6 +66,7 @@ impl Gpu {
         let solver = solver::Solver::new(&stream)
             .map_err(|error| failure(device.clone(), "cuSOLVER cannot be started", &error))?;
         let kernels = kernels::Kernels::new(arch);
+        let (blas, solver) = (ManuallyDrop::new(blas), ManuallyDrop::new(solver));
         Ok(Self { context, stream, blas, solver, kernels, name, arch })
     }
 
@@ -94,6 +95,20 @@ impl Gpu {
     /// The error of an operation on this device.
     fn failed(&self, operation: &'static str) -> impl FnOnce(DriverError) -> BackendError {
         move |error| failure(self.describe(), operation, &error)
+    }
+}
+
+impl Drop for Gpu {
+    /// Gives the libraries' handles back, unless the device was lost: then they cannot be, and cudarc would
+    /// panic over it.
+    fn drop(&mut self) {
+        if self.stream.synchronize().is_ok() {
+            // SAFETY: dropped once, here, and not used again.
+            unsafe {
+                ManuallyDrop::drop(&mut self.blas);
+                ManuallyDrop::drop(&mut self.solver);
+            }
+        }
     }
 }
 

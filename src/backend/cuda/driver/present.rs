@@ -5,6 +5,9 @@ use cudarc::{cublas, cusolver, driver, nvrtc};
 
 use crate::backend::{BackendError, Result};
 
+/// The oldest CUDA that a driver may be for: of the functions that are called, the newest came with it.
+const OLDEST_CUDA: i32 = 12_000;
+
 /// The name of device `index`, if it and every library this backend calls are there.
 pub(in super::super) fn probe(index: usize) -> Result<String> {
     let none = |reason: String| BackendError::NoDevice { wanted: index, reason };
@@ -17,6 +20,15 @@ pub(in super::super) fn probe(index: usize) -> Result<String> {
     let count = driver::result::device::get_count().map_err(failed)?;
     if count <= 0 {
         return Err(none("the driver sees no device".to_owned()));
+    }
+    let mut version = 0;
+    // SAFETY: the pointer is to a live variable of the type that the call has.
+    let asked = unsafe { driver::sys::cuDriverGetVersion(&raw mut version) };
+    asked.result().map_err(failed)?;
+    if version < OLDEST_CUDA {
+        let cuda = |version: i32| format!("{}.{}", version / 1000, version % 1000 / 10);
+        let (found, oldest) = (cuda(version), cuda(OLDEST_CUDA));
+        return Err(none(format!("the driver is for CUDA {found}; {oldest} or newer is needed")));
     }
     let ordinal = i32::try_from(index).unwrap_or(i32::MAX);
     if ordinal >= count {
