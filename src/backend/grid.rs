@@ -10,6 +10,8 @@ use sparsepack_formats::{
     },
 };
 
+use super::{Result, error::shape_error};
+
 /// The values that weights may have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Grid {
@@ -185,6 +187,20 @@ impl Rounding {
     /// Keeps the scales there are: a sweep that reaches a group does not choose them anew.
     pub fn fix_scales(&mut self) {
         self.fixed = true;
+    }
+
+    /// Refuses a matrix of another shape than that being rounded.
+    pub(super) fn expect_shape(
+        &self,
+        operation: &'static str,
+        rows: usize,
+        cols: usize,
+    ) -> Result<()> {
+        if self.cols == cols && self.codes.len() == rows * cols {
+            return Ok(());
+        }
+        let detail = format!("codes of another matrix than {rows} × {cols}");
+        Err(shape_error(operation, detail))
     }
 
     /// The weights that are swept have the matrix's columns in this order.

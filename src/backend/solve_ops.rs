@@ -96,9 +96,7 @@ pub(super) fn check_sweep<M>(
         return refuse(format!("groups of {m} in {width} columns"));
     }
     let Some(rounding) = rounding else { return Ok(()) };
-    if rounding.cols() != cols || rounding.codes.len() != rows * cols {
-        return refuse(format!("codes of another matrix than {rows} × {cols}"));
-    }
+    rounding.expect_shape("obs_sweep", rows, cols)?;
     if !rounding.chooses() {
         return Ok(());
     }

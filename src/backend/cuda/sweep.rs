@@ -94,7 +94,7 @@ fn on_device(
             let marks = marks.as_ref().map(|marks| marks.slice(part.start - first..));
             let mut codes = codes.as_mut().map(|codes| codes.slice_mut(at..));
             let mut errors = err.slice_mut(at..);
-            let args = [
+            let own = [
                 (&mut *w).into(),
                 (rows as u64).into(),
                 (cols as u64).into(),
@@ -107,18 +107,12 @@ fn on_device(
                 (m as u32).into(),
                 (&mut errors).into(),
                 (width as u64).into(),
-                scales.kind.into(),
-                scales.stored.into(),
-                scales.low.into(),
-                scales.high.into(),
-                Arg::optional(scales.scale.as_ref()),
-                Arg::optional(scales.point.as_ref()),
-                Arg::optional(scales.min.as_ref()),
-                scales.groups.into(),
-                scales.group_len.into(),
+            ];
+            let rest = [
                 Arg::optional(scales.order.as_ref()),
                 codes.as_mut().map_or_else(|| Arg::optional_mut::<i8>(None), Arg::from),
             ];
+            let args = [&own[..], &scales.args(), &rest].concat();
             let geometry = Geometry {
                 blocks: [rows.div_ceil(WARPS).min(16 * cuda.processors), 1, 1],
                 threads: [(WARPS * 32) as u32, 1],
@@ -323,27 +317,11 @@ pub(super) fn choose_scales(
 pub(super) fn round(cuda: &Cuda, w: &mut CudaMatrix, rounding: &mut Rounding) -> Result<()> {
     const OPERATION: &str = "round_weights";
     let (rows, cols) = (w.rows, w.cols);
-    if rounding.cols() != cols || rounding.codes.len() != rows * cols {
-        let detail = format!("codes of another matrix than {rows} × {cols}");
-        return Err(shape_error(OPERATION, detail));
-    }
+    rounding.expect_shape(OPERATION, rows, cols)?;
     let scales = DeviceScales::upload(cuda, rounding)?;
     let mut codes = cuda.gpu.allocate::<i8>(rows * cols, OPERATION)?;
-    let args = [
-        w.f32s_mut(OPERATION)?.into(),
-        (rows as u64).into(),
-        (cols as u64).into(),
-        scales.kind.into(),
-        scales.stored.into(),
-        scales.low.into(),
-        scales.high.into(),
-        Arg::optional(scales.scale.as_ref()),
-        Arg::optional(scales.point.as_ref()),
-        Arg::optional(scales.min.as_ref()),
-        scales.groups.into(),
-        scales.group_len.into(),
-        (&mut codes).into(),
-    ];
+    let own = [w.f32s_mut(OPERATION)?.into(), (rows as u64).into(), (cols as u64).into()];
+    let args = [&own[..], &scales.args(), &[(&mut codes).into()]].concat();
     cuda.gpu.launch(FILE, OPERATION, by_column(rows, cols), &args)?;
     rounding.codes = cuda.gpu.download(&codes, rows * cols, OPERATION)?;
     Ok(())
@@ -367,6 +345,21 @@ struct DeviceScales {
 }
 
 impl DeviceScales {
+    /// The arguments that every kernel takes that rounds.
+    fn args(&self) -> [Arg<'_>; 9] {
+        [
+            self.kind.into(),
+            self.stored.into(),
+            self.low.into(),
+            self.high.into(),
+            Arg::optional(self.scale.as_ref()),
+            Arg::optional(self.point.as_ref()),
+            Arg::optional(self.min.as_ref()),
+            self.groups.into(),
+            self.group_len.into(),
+        ]
+    }
+
     fn upload(cuda: &Cuda, rounding: &Rounding) -> Result<Self> {
         const OPERATION: &str = "scales";
         let (grid, cols) = (rounding.grid(), rounding.cols());

@@ -82,11 +82,7 @@ impl Gpu {
                 }
             }
         })?;
-        match usize::try_from(info) {
-            Ok(0) => Ok(()),
-            Ok(minor) => Err(BackendError::NotPositiveDefinite { pivot: minor - 1 }),
-            Err(_) => Err(self.bad_argument(operation, info)),
-        }
+        self.positive_pivots(operation, info)
     }
 
     /// Replaces the lower triangle of a column-major `a: [n, n]` by its inverse.
@@ -120,11 +116,7 @@ impl Gpu {
                 }
             }
         })?;
-        match usize::try_from(info) {
-            Ok(0) => Ok(()),
-            Ok(minor) => Err(BackendError::NotPositiveDefinite { pivot: minor - 1 }),
-            Err(_) => Err(self.bad_argument(operation, info)),
-        }
+        self.positive_pivots(operation, info)
     }
 
     /// Eigenvalues of a symmetric `a: [n, n]`, ascending, given by the lower triangle of what is seen as
@@ -250,6 +242,15 @@ impl Gpu {
         self.finish(operation)?;
         let info = self.download(&info, 1, operation)?;
         Ok(info.first().copied().unwrap_or(0) as c_int)
+    }
+
+    /// What `info` says of a factor: all well, or which pivot is not positive.
+    fn positive_pivots(&self, operation: &'static str, info: c_int) -> Result<()> {
+        match usize::try_from(info) {
+            Ok(0) => Ok(()),
+            Ok(minor) => Err(BackendError::NotPositiveDefinite { pivot: minor - 1 }),
+            Err(_) => Err(self.bad_argument(operation, info)),
+        }
     }
 
     fn bad_argument(&self, operation: &'static str, info: c_int) -> BackendError {
