@@ -6,7 +6,7 @@ use crate::{
 };
 
 const TINY: [&str; 8] = ["--rows", "64", "--cols", "96", "--tokens", "300", "--device", "cpu"];
-const PHASES: [&str; 7] = ["upload", "gram", "factor", "sweep", "error", "download", "pack"];
+const PHASES: [&str; 6] = ["upload", "gram", "factor", "sweep", "error", "pack"];
 
 fn layer(args: &[&str]) -> Command {
     Command::new("bench").arg("layer").args(args)

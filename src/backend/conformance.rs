@@ -4,6 +4,7 @@
 //! tolerances only cover what the backend does with them.
 
 mod dense;
+mod pack;
 
 use half::bf16;
 use rand::{Rng, SeedableRng};
@@ -18,6 +19,10 @@ use dense::{
     dense_products_follow_the_definition, eigenvalues_over_ten_decades_are_found,
     eigenvectors_are_orthonormal_and_reconstruct, equal_eigenvalues_have_a_whole_basis,
     solve_right_divides, solve_right_names_the_pivot, what_has_no_eigenvectors_is_refused,
+};
+use pack::{
+    large_matrices_come_and_go, packing_is_that_of_the_format, staged_values_arrive,
+    stored_types_round_to_nearest, values_too_large_to_store_are_named,
 };
 
 /// f32 sums of f32 terms: a few units in the last place of the sum of magnitudes.
@@ -1078,6 +1083,8 @@ macro_rules! every_operation {
             dense_products_follow_the_definition, eigenvectors_are_orthonormal_and_reconstruct,
             eigenvalues_over_ten_decades_are_found, equal_eigenvalues_have_a_whole_basis,
             what_has_no_eigenvectors_is_refused, solve_right_divides, solve_right_names_the_pivot,
+            staged_values_arrive, large_matrices_come_and_go, stored_types_round_to_nearest,
+            values_too_large_to_store_are_named, packing_is_that_of_the_format,
         }
     };
 }

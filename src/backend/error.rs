@@ -1,5 +1,7 @@
 //! Why a device operation failed.
 
+use sparsepack_formats::DType;
+
 /// Shorthand for results of backend operations.
 pub type Result<T> = std::result::Result<T, BackendError>;
 
@@ -87,6 +89,16 @@ pub enum BackendError {
         operation: &'static str,
         /// What the driver or a library says.
         error: String,
+    },
+    /// A finite value rounds to infinity in the type that stores it.
+    #[error("value {value:e} at index {index} is too large for {dtype}")]
+    TooLarge {
+        /// The value.
+        value: f32,
+        /// Where it stands in the matrix, row-major.
+        index: usize,
+        /// The type.
+        dtype: DType,
     },
     /// Shapes that do not go together: a defect of the caller.
     #[error("{operation}: shapes do not fit: {detail}")]

@@ -9,6 +9,7 @@ mod block_ops;
 mod dense_ops;
 mod error;
 pub mod grid;
+mod pack_ops;
 mod solve_ops;
 mod stat_ops;
 mod storage;
@@ -25,13 +26,14 @@ pub use block_ops::{Activation, AttentionShape, BlockOps, RopeTables, SequenceLe
 pub use dense_ops::{Dense, DenseOps, Eigen};
 pub use error::{BackendError, Result};
 pub use grid::{Grid, Rounding, ScaleSearch, Scales};
+pub use pack_ops::{Fetch, PackOps};
 pub use solve_ops::{Selection, SolveOps, SweepRule};
 pub use stat_ops::StatOps;
-pub use storage::{HostData, HostMatrix, Storage};
+pub use storage::{HostData, HostMatrix, Storage, StoredValues};
 
 /// Everything a conversion needs from a device.
-pub trait Backend: BlockOps + StatOps + SolveOps + DenseOps {}
-impl<T: BlockOps + StatOps + SolveOps + DenseOps> Backend for T {}
+pub trait Backend: BlockOps + StatOps + SolveOps + DenseOps + PackOps {}
+impl<T: BlockOps + StatOps + SolveOps + DenseOps + PackOps> Backend for T {}
 
 /// Arithmetic of matrix products.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

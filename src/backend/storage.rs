@@ -3,8 +3,9 @@
 use std::fmt::Debug;
 
 use half::bf16;
+use sparsepack_formats::DType;
 
-use super::Result;
+use super::{Result, error::shape_error};
 
 /// Values of a host matrix.
 #[derive(Debug, Clone, PartialEq)]
@@ -26,6 +27,30 @@ pub struct HostMatrix {
     pub data: HostData,
 }
 
+/// Values of a matrix as files have them: row-major, little-endian, of a float type of weights.
+#[derive(Debug, Clone, Copy)]
+pub struct StoredValues<'a> {
+    /// Element type.
+    pub dtype: DType,
+    /// The elements.
+    pub bytes: &'a [u8],
+}
+
+impl StoredValues<'_> {
+    /// Refuses another number of values than `rows × cols`, and types that are not of weights.
+    pub(super) fn check(self, operation: &'static str, rows: usize, cols: usize) -> Result<()> {
+        let Self { dtype, bytes } = self;
+        if !dtype.is_float_weight() {
+            return Err(shape_error(operation, format!("values of type {dtype}")));
+        }
+        if bytes.len() != rows * cols * dtype.size_bytes() {
+            let detail = format!("{} bytes of {dtype} for [{rows}, {cols}]", bytes.len());
+            return Err(shape_error(operation, detail));
+        }
+        Ok(())
+    }
+}
+
 /// Memory of a device.
 pub trait Storage: Sized + Send + Sync {
     /// A row-major matrix on the device. Its element type is the backend's business: f32, or bf16
@@ -34,6 +59,8 @@ pub trait Storage: Sized + Send + Sync {
     /// One or several stacked weights `[out, in]`, laid out for
     /// [`BlockOps::linear`](super::BlockOps::linear).
     type Weight: Debug + Send + Sync;
+    /// Values of a matrix on their way to the device.
+    type Staged: Debug + Send + Sync;
 
     /// Device and arithmetic in words, for manifests: equal words mean equal bytes.
     fn describe(&self) -> String;
@@ -43,6 +70,18 @@ pub trait Storage: Sized + Send + Sync {
     /// # Errors
     /// Wrong length; out of device memory.
     fn upload(&self, data: &[f32], rows: usize, cols: usize) -> Result<Self::Matrix>;
+
+    /// Begins to bring values to the device, which goes on with its other work meanwhile.
+    ///
+    /// # Errors
+    /// Wrong length; a type that is not of weights; out of device memory.
+    fn stage(&self, values: StoredValues<'_>, rows: usize, cols: usize) -> Result<Self::Staged>;
+
+    /// Staged values as f32, once they are there. They can be had more than once.
+    ///
+    /// # Errors
+    /// Out of device memory.
+    fn receive(&self, staged: &Self::Staged) -> Result<Self::Matrix>;
 
     /// The values as f32.
     ///

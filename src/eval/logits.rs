@@ -62,10 +62,9 @@ pub fn logits<B: Backend>(b: &B, source: &ModelSource, ids: &[u32]) -> Result<Ve
     let lens = SequenceLens::new(vec![ids.len()]);
     let mut residual = b.upload(&embed(source, ids)?, ids.len(), config.hidden_size)?;
     for index in 0..config.num_hidden_layers {
-        let mut loaded = LoadedBlock::load(b, source, index)?;
-        loaded.install_all(b)?;
+        let block = LoadedBlock::runnable(b, source, index)?;
         let ignore = |_, _: &B::Matrix| Ok(());
-        residual = loaded.block.forward::<PipelineError>(b, &geometry, residual, &lens, ignore)?;
+        residual = block.forward::<PipelineError>(b, &geometry, residual, &lens, ignore)?;
     }
     Ok(b.download(&LmHead::load(b, source)?.logits(b, &residual)?)?)
 }

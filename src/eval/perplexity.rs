@@ -70,18 +70,13 @@ impl BackendJob for PerplexityJob<'_> {
         self.progress.start((config.num_hidden_layers as u64 + 1) * self.windows.len() as u64);
         for block in 0..config.num_hidden_layers {
             source.prefetch(block + 1);
-            let mut loaded = LoadedBlock::load(b, source, block)?;
-            loaded.install_all(b)?;
+            let running = LoadedBlock::runnable(b, source, block)?;
             for index in 0..hidden.batches() {
                 let lens = hidden.lens(index).clone();
                 let residual = hidden.take(index)?.residual.onload(b)?;
-                let residual = loaded.block.forward::<PipelineError>(
-                    b,
-                    &geometry,
-                    residual,
-                    &lens,
-                    |_, _| Ok(()),
-                )?;
+                let residual =
+                    running
+                        .forward::<PipelineError>(b, &geometry, residual, &lens, |_, _| Ok(()))?;
                 hidden.put(b, index, Kept { residual: Parked::Device(residual), input: None })?;
                 self.progress.advance(1);
             }

@@ -30,7 +30,12 @@ pub(crate) fn hf_row(row: usize, rows: usize, heads: usize) -> usize {
 }
 
 /// The rows `from(0)`, `from(1)`, ... of `values`.
-fn reordered(values: &[f32], rows: usize, cols: usize, from: impl Fn(usize) -> usize) -> Vec<f32> {
+fn reordered<T: Copy>(
+    values: &[T],
+    rows: usize,
+    cols: usize,
+    from: impl Fn(usize) -> usize,
+) -> Vec<T> {
     let mut out = Vec::with_capacity(values.len());
     for row in 0..rows {
         let start = from(row) * cols;
@@ -41,7 +46,7 @@ fn reordered(values: &[f32], rows: usize, cols: usize, from: impl Fn(usize) -> u
 
 /// The rows of a q or k tensor of `shape` (or of its bias) in the order of a GGUF file, from
 /// Hugging Face order.
-pub fn to_gguf_rows(values: &[f32], shape: &[usize], heads: usize) -> Vec<f32> {
+pub fn to_gguf_rows<T: Copy>(values: &[T], shape: &[usize], heads: usize) -> Vec<T> {
     let (rows, cols) = rows_and_cols(shape);
     reordered(values, rows, cols, |row| hf_row(row, rows, heads))
 }

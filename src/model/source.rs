@@ -1,6 +1,7 @@
 //! A checkpoint seen as a model: every tensor under its Hugging Face name, in model order, with the
 //! shape that the configuration demands, whatever the file calls it.
 
+use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::path::Path;
@@ -293,6 +294,21 @@ impl ModelSource {
             None => stored,
             Some(heads) => from_gguf_rows(&stored, &tensor.shape, heads),
         })
+    }
+
+    /// Element type and bytes of a tensor that is stored as its plain values, in the order of the Hugging
+    /// Face tensor; `None` of one that has to be decoded.
+    ///
+    /// # Errors
+    /// [`ModelError::UnknownTensor`]; data that does not decompress.
+    pub fn plain_values(&self, name: &str) -> Result<Option<(DType, Cow<'_, [u8]>)>> {
+        let tensor = self.tensor(name)?;
+        let Encoding::Dense { dtype } = tensor.encoding else { return Ok(None) };
+        if tensor.permuted_heads.is_some() || !dtype.is_float_weight() {
+            return Ok(None);
+        }
+        let mut parts = self.reader.components(&tensor.stored_name)?;
+        Ok(parts.pop().map(|bytes| (dtype, bytes)))
     }
 
     /// Decodes a range of a matrix's rows to f32 without touching the others. A vector is a column.

@@ -1,12 +1,16 @@
 //! How much memory and arithmetic a conversion takes, from the plan alone.
 
 use serde::Serialize;
+use sparsepack_formats::Encoding;
 
-use super::plan::{BlockPlan, LayerPlan};
+use super::{
+    plan::{BlockPlan, LayerPlan, OutputTensor},
+    stored::held_bytes,
+};
 use crate::{
     backend::SequenceLens,
     calibration::StatKind,
-    model::{Architecture, CapturePoint, ModelConfig, ModelSource},
+    model::{Architecture, CapturePoint, ModelConfig, ModelSource, ModelTensor, TensorKind},
     recipe::CalibrationRecipe,
 };
 
@@ -33,10 +37,13 @@ pub struct MemoryBudget {
     pub statistics_bytes: u64,
     /// Activations of the batches being worked on.
     pub batch_bytes: u64,
+    /// Results that wait for the writer: those of one block.
+    pub behind_bytes: u64,
     /// All of it, and what no formula counts.
     pub peak_bytes: u64,
-    /// What a GPU needs of its own memory: a block, a Hessian with its factorisation, and one batch.
-    /// Activations stay there too where they fit beside it.
+    /// What a GPU needs of its own memory: a block, the next one as the source has it, the results of the
+    /// one before, a Hessian with its factorisation, and one batch. Activations stay there too where they
+    /// fit beside it.
     pub device_bytes: u64,
 }
 
@@ -45,6 +52,7 @@ impl MemoryBudget {
     pub fn new(
         source: &ModelSource,
         blocks: &[BlockPlan],
+        outputs: &[OutputTensor],
         calibration: &CalibrationRecipe,
     ) -> Self {
         let config = source.config();
@@ -82,11 +90,16 @@ impl MemoryBudget {
         // The block in the layout for products, the layers of a point as they are solved, and one
         // layer's copies: dense, pruned, rounded, and two for its error.
         let device_weights = if loaded { 4 * (block_weights + stage + 5 * layer) } else { 0 };
+        let staged = if loaded { staged_bytes(source, blocks.len()) } else { 0 };
+        let behind_bytes = if loaded { behind_bytes(outputs, blocks.len()) } else { 0 };
         // f32 Hessian and factor, one f64 matrix while factorising.
-        let device_bytes =
-            device_weights + features * features * (4 + 4 + 8) + batch_bytes / BATCHES_AT_ONCE;
-        let host = Self::of_parts(hidden_bytes, block_bytes, statistics_bytes, batch_bytes);
-        Self { device_bytes, ..host }
+        let device_bytes = device_weights
+            + 2 * staged
+            + behind_bytes
+            + features * features * (4 + 4 + 8)
+            + batch_bytes / BATCHES_AT_ONCE;
+        let parts = [hidden_bytes, block_bytes, statistics_bytes, batch_bytes, behind_bytes];
+        Self { device_bytes, ..Self::of_parts(parts) }
     }
 
     /// The budget of slicing to `width` columns; `fits` when a sliced model runs beside the dense one.
@@ -116,25 +129,49 @@ impl MemoryBudget {
         let block_bytes = beside(weights, weights) + piece;
         let statistics_bytes = covariance.max(beside(0, sums));
         let batch_bytes = beside(batches, BATCHES_AT_ONCE * batch * (input + 2 * kept) * 4);
-        Self::of_parts(hidden_bytes, block_bytes, statistics_bytes, batch_bytes)
+        Self::of_parts([hidden_bytes, block_bytes, statistics_bytes, batch_bytes, 0])
     }
 
     /// With as much of a GPU's memory as of the host's for all but the activations.
     fn of_parts(
-        hidden_bytes: u64,
-        block_bytes: u64,
-        statistics_bytes: u64,
-        batch_bytes: u64,
+        [hidden_bytes, block_bytes, statistics_bytes, batch_bytes, behind_bytes]: [u64; 5],
     ) -> Self {
         let device_bytes = block_bytes + statistics_bytes + batch_bytes;
-        let peak_bytes = hidden_bytes + device_bytes + FIXED_BYTES;
-        Self { hidden_bytes, block_bytes, statistics_bytes, batch_bytes, peak_bytes, device_bytes }
+        let peak_bytes = hidden_bytes + device_bytes + behind_bytes + FIXED_BYTES;
+        Self {
+            hidden_bytes,
+            block_bytes,
+            statistics_bytes,
+            batch_bytes,
+            behind_bytes,
+            peak_bytes,
+            device_bytes,
+        }
     }
 
     /// The larger of two, which do not stand at the same time.
     pub(super) fn or_larger(self, other: Self) -> Self {
         if other.peak_bytes > self.peak_bytes { other } else { self }
     }
+}
+
+/// Bytes of the linears of the largest block as they are sent to a device: as they are stored, or as f32.
+fn staged_bytes(source: &ModelSource, blocks: usize) -> u64 {
+    let linears = |index| {
+        source.block_tensors(index).filter(|it| matches!(it.kind, TensorKind::Linear { .. }))
+    };
+    let bytes = |tensor: &ModelTensor| match tensor.encoding {
+        Encoding::Dense { .. } => tensor.stored_bytes,
+        _ => 4 * tensor.shape.iter().map(|&n| n as u64).product::<u64>(),
+    };
+    (0..blocks).map(|index| linears(index).map(bytes).sum()).max().unwrap_or(0)
+}
+
+/// Bytes of the results of the largest block that wait for the writer.
+fn behind_bytes(outputs: &[OutputTensor], blocks: usize) -> u64 {
+    let linears =
+        |index| outputs.iter().filter(move |it| it.block == Some(index) && it.linear.is_some());
+    (0..blocks).map(|index| linears(index).map(held_bytes).sum()).max().unwrap_or(0)
 }
 
 /// Rows of a table that are turned at a time while slicing.

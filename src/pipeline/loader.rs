@@ -1,36 +1,47 @@
 //! Brings one decoder block to the device.
 
-use std::{panic::resume_unwind, thread::ScopedJoinHandle};
+use std::{mem, panic::resume_unwind, thread::ScopedJoinHandle};
 
-use sparsepack_formats::{DType, encoding};
+use sparsepack_formats::{DType, encoding::dense};
 
 use super::error::Result;
 use crate::{
-    backend::{Backend, Rounding},
+    backend::{Backend, BackendError, Rounding, StoredValues},
     model::{Block, CapturePoint, LayerNames, Linears, ModelSource, Norm, Role},
 };
 
-/// A decoder block being worked on: norms on the device, linears on the host until
+/// A decoder block being worked on. Its linears are on their way to the device until
 /// [`install`](Self::install) stacks those of a capture point for products.
 #[derive(Debug)]
 pub struct LoadedBlock<B: Backend> {
     /// What runs.
     pub block: Block<B>,
     /// The linears in the architecture's order.
-    pub linears: Vec<LoadedLinear>,
+    pub linears: Vec<LoadedLinear<B>>,
 }
 
-/// One linear on the host.
+/// The weight of a linear, `[out_features, in_features]`.
 #[derive(Debug)]
-pub struct LoadedLinear {
+pub enum LoadedWeight<B: Backend> {
+    /// As the source has it.
+    Source(B::Staged),
+    /// As it will be stored (f32).
+    Solved(B::Matrix),
+    /// Nowhere but in the layout for products.
+    Installed,
+}
+
+/// One linear.
+#[derive(Debug)]
+pub struct LoadedLinear<B: Backend> {
     /// What it is in its block.
     pub role: Role,
     /// The input it shares.
     pub capture: CapturePoint,
     /// Hugging Face name of its weight.
     pub tensor: String,
-    /// `[out_features, in_features]`, row-major.
-    pub weight: Vec<f32>,
+    /// The weight.
+    pub weight: LoadedWeight<B>,
     /// Codes and scales of the weight, once it is rounded to a grid.
     pub rounding: Option<Rounding>,
     /// Bias `[out_features]`, where there is one.
@@ -55,7 +66,7 @@ impl<B: Backend> LoadedBlock<B> {
             linears.push(LoadedLinear {
                 role: spec.role,
                 capture: spec.capture,
-                weight: read_finite(source, &names.weight)?,
+                weight: LoadedWeight::Source(stage(b, source, &names.weight, rows, cols)?),
                 rounding: None,
                 bias: names.bias.map(|bias| read_finite(source, &bias)).transpose()?,
                 tensor: names.weight,
@@ -73,23 +84,35 @@ impl<B: Backend> LoadedBlock<B> {
         Ok(Self { block, linears })
     }
 
+    /// Reads block `index`, ready to run.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn runnable(b: &B, source: &ModelSource, index: usize) -> Result<Block<B>> {
+        let mut loaded = Self::load(b, source, index)?;
+        loaded.install_all(b)?;
+        Ok(loaded.block)
+    }
+
     /// The linears that share the input at `point`.
-    pub fn at(&mut self, point: CapturePoint) -> impl Iterator<Item = &mut LoadedLinear> {
+    pub fn at(&mut self, point: CapturePoint) -> impl Iterator<Item = &mut LoadedLinear<B>> {
         self.linears.iter_mut().filter(move |linear| linear.capture == point)
     }
 
-    /// Stacks the linears of `point` on the device, ready for products.
+    /// Stacks the linears of `point`, ready for products. Weights that were solved are nowhere else then;
+    /// the source's stay, and can be solved.
     ///
     /// # Errors
     /// Device failure.
     pub fn install(&mut self, b: &B, point: CapturePoint) -> Result<()> {
-        let members: Vec<&LoadedLinear> =
-            self.linears.iter().filter(|linear| linear.capture == point).collect();
-        let weights: Vec<B::Matrix> = members
-            .iter()
-            .map(|linear| b.upload(&linear.weight, linear.rows, linear.cols))
-            .collect::<std::result::Result<_, _>>()?;
+        let weights = self
+            .at(point)
+            .map(|linear| linear.take(b))
+            .collect::<std::result::Result<Vec<_>, _>>()?;
         let weight = b.prepare(&weights.iter().collect::<Vec<_>>())?;
+        drop(weights);
+        let members: Vec<&LoadedLinear<B>> =
+            self.linears.iter().filter(|linear| linear.capture == point).collect();
         let bias = if members.iter().any(|linear| linear.bias.is_some()) {
             let mut stacked = Vec::new();
             for linear in &members {
@@ -113,6 +136,57 @@ impl<B: Backend> LoadedBlock<B> {
     pub fn install_all(&mut self, b: &B) -> Result<()> {
         CapturePoint::ALL.into_iter().try_for_each(|point| self.install(b, point))
     }
+}
+
+impl<B: Backend> LoadedLinear<B> {
+    /// A copy of the weight, f32.
+    ///
+    /// # Errors
+    /// Device failure.
+    pub fn matrix(&self, b: &B) -> std::result::Result<B::Matrix, BackendError> {
+        match &self.weight {
+            LoadedWeight::Source(staged) => b.receive(staged),
+            LoadedWeight::Solved(weight) => b.duplicate(weight),
+            LoadedWeight::Installed => Err(self.gone()),
+        }
+    }
+
+    /// The weight, f32, which is then only kept if it is the source's.
+    ///
+    /// # Errors
+    /// Device failure.
+    pub(super) fn take(&mut self, b: &B) -> std::result::Result<B::Matrix, BackendError> {
+        match &self.weight {
+            LoadedWeight::Source(staged) => b.receive(staged),
+            _ => match mem::replace(&mut self.weight, LoadedWeight::Installed) {
+                LoadedWeight::Solved(weight) => Ok(weight),
+                _ => Err(self.gone()),
+            },
+        }
+    }
+
+    fn gone(&self) -> BackendError {
+        let detail = format!("{} was stacked before", self.tensor);
+        BackendError::Shape { operation: "install", detail }
+    }
+}
+
+/// Begins to bring a weight to the device, and refuses NaN and infinity.
+fn stage<B: Backend>(
+    b: &B,
+    source: &ModelSource,
+    name: &str,
+    rows: usize,
+    cols: usize,
+) -> Result<B::Staged> {
+    if let Some((dtype, bytes)) = source.plain_values(name)?
+        && dense::first_non_finite(dtype, &bytes).is_none()
+    {
+        return Ok(b.stage(StoredValues { dtype, bytes: &bytes }, rows, cols)?);
+    }
+    let values = read_finite(source, name)?;
+    let bytes = bytemuck::cast_slice(&values);
+    Ok(b.stage(StoredValues { dtype: DType::F32, bytes }, rows, cols)?)
 }
 
 /// Does `work` while block `next`, if any, is read.
@@ -175,25 +249,4 @@ fn read_finite(source: &ModelSource, name: &str) -> Result<Vec<f32>> {
     let values = source.read_f32(name)?;
     source.check_finite(name, &values)?;
     Ok(values)
-}
-
-/// Rounds `weight` to `dtype` in place and returns the stored bytes, so that everything later in
-/// the run sees exactly what is written.
-///
-/// # Errors
-/// A value too large for `dtype`.
-pub(super) fn round_to_stored(name: &str, dtype: DType, weight: &mut [f32]) -> Result<Vec<u8>> {
-    let mut bytes = Vec::with_capacity(weight.len() * dtype.size_bytes());
-    encoding::dense::encode_f32(name, dtype, weight, &mut bytes)?;
-    if dtype != DType::F32 {
-        let shape = [weight.len()];
-        sparsepack_formats::Encoding::Dense { dtype }.decode_f32(
-            name,
-            &shape,
-            &[&bytes],
-            0..1,
-            weight,
-        )?;
-    }
-    Ok(bytes)
 }

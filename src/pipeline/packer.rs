@@ -1,21 +1,29 @@
-//! Encodes finished tensors and hands them to a writer thread, which hashes and writes behind.
+//! Hands finished tensors to a writer thread, which encodes, hashes and writes behind.
 //!
-//! The channel is bounded, so a slow disk slows the conversion down instead of filling memory.
+//! Both the channel and the bytes of what waits to be encoded are bounded, so a slow disk slows the
+//! conversion down instead of filling memory.
 
 use std::{
-    sync::mpsc::{Receiver, SyncSender, sync_channel},
+    sync::{
+        Arc, Condvar, Mutex, PoisonError,
+        mpsc::{Receiver, SyncSender, sync_channel},
+    },
     thread::JoinHandle,
 };
 
 use sparsepack_formats::{CheckpointWriter, Digest, WrittenFile};
 
-use super::error::{PipelineError, Result};
+use super::{
+    error::{PipelineError, Result},
+    stored::Packing,
+};
 
 /// Pieces that may wait for the writer at a time.
 const QUEUE: usize = 16;
 
 enum Job {
     Write { name: String, component: usize, bytes: Vec<u8> },
+    Pack { name: String, bytes: u64, packing: Packing },
     Sync { names: Vec<String>, reply: SyncSender<Result<Vec<Vec<Digest>>>> },
 }
 
@@ -23,15 +31,28 @@ enum Job {
 #[derive(Debug)]
 pub(super) struct Packer {
     jobs: Option<SyncSender<Job>>,
+    room: Arc<Room>,
     thread: Option<JoinHandle<Result<Box<dyn CheckpointWriter>>>>,
 }
 
 impl Packer {
-    /// Starts the thread.
-    pub(super) fn start(writer: Box<dyn CheckpointWriter>) -> Self {
+    /// Starts the thread. At most `behind` bytes wait to be encoded, or one tensor.
+    pub(super) fn start(writer: Box<dyn CheckpointWriter>, behind: u64) -> Self {
         let (jobs, queue) = sync_channel(QUEUE);
-        let thread = std::thread::spawn(move || write_behind(writer, &queue));
-        Self { jobs: Some(jobs), thread: Some(thread) }
+        let room =
+            Arc::new(Room { behind, taken: Mutex::new(Some(0)), given_back: Condvar::new() });
+        let open = Open(room.clone());
+        let thread = std::thread::spawn(move || write_behind(writer, &queue, &open));
+        Self { jobs: Some(jobs), room, thread: Some(thread) }
+    }
+
+    /// Has a whole tensor encoded and written, which holds `bytes` bytes until then.
+    ///
+    /// # Errors
+    /// The writer has failed, perhaps at encoding an earlier tensor; its own error is returned.
+    pub(super) fn pack(&mut self, name: &str, bytes: u64, packing: Packing) -> Result<()> {
+        self.room.take(bytes);
+        self.send(Job::Pack { name: name.to_owned(), bytes, packing })
     }
 
     /// Appends bytes to a component of a tensor.
@@ -94,13 +115,59 @@ impl Drop for Packer {
     }
 }
 
+/// Bytes that may wait to be encoded.
+#[derive(Debug)]
+struct Room {
+    behind: u64,
+    /// Bytes that wait; `None` once nobody takes them any more.
+    taken: Mutex<Option<u64>>,
+    given_back: Condvar,
+}
+
+impl Room {
+    /// Waits for room, unless nothing else is waiting or the thread has ended.
+    fn take(&self, bytes: u64) {
+        let full = |taken: &mut Option<u64>| {
+            taken.is_some_and(|taken| taken > 0 && taken.saturating_add(bytes) > self.behind)
+        };
+        let taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.given_back.wait_while(taken, full);
+        let mut taken = waited.unwrap_or_else(PoisonError::into_inner);
+        *taken = taken.map(|taken| taken.saturating_add(bytes));
+    }
+
+    fn give_back(&self, bytes: u64) {
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        *taken = taken.map(|taken| taken.saturating_sub(bytes));
+        self.given_back.notify_all();
+    }
+}
+
+/// The thread's side of a [`Room`]: closes it however the thread ends.
+struct Open(Arc<Room>);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        *self.0.taken.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.0.given_back.notify_all();
+    }
+}
+
 fn write_behind(
     mut writer: Box<dyn CheckpointWriter>,
     queue: &Receiver<Job>,
+    Open(room): &Open,
 ) -> Result<Box<dyn CheckpointWriter>> {
     while let Ok(job) = queue.recv() {
         match job {
             Job::Write { name, component, bytes } => writer.write(&name, component, &bytes)?,
+            Job::Pack { name, bytes, packing } => {
+                let parts = packing()?;
+                room.give_back(bytes);
+                for (component, part) in parts.into_iter().enumerate() {
+                    writer.write(&name, component, &part)?;
+                }
+            }
             Job::Sync { names, reply } => {
                 let digests = writer
                     .sync()

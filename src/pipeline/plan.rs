@@ -284,7 +284,7 @@ impl ConversionPlan {
         resolved.output.level = level;
         resolved.solver = resolved_solver(&recipe.solver, needs);
         let mut plan = Self {
-            budget: MemoryBudget::new(source, &blocks, &recipe.calibration),
+            budget: MemoryBudget::new(source, &blocks, &outputs, &recipe.calibration),
             flops: super::budget::conversion_flops(source, &blocks, &recipe.calibration),
             recipe: resolved,
             slice: None,

@@ -12,13 +12,13 @@ use super::{
     entry,
     error::Result,
     journal::{Finished, Journal, RunIdentity},
-    loader::{LoadedBlock, read_beside},
+    loader::{LoadedBlock, LoadedWeight, read_beside},
     manifest::CalibrationRecord,
     packer::Packer,
     plan::{BlockPlan, ConversionPlan, OutputTensor, TablePlan},
     progress::{BlockReport, Phase, PhaseTimes, Progress, resident_bytes},
     stages::StageContext,
-    stored::{Stored, encode_matrix, encode_rounded, zeros_left},
+    stored::{Stored, held_bytes, pack_rounded, store_matrix, zeros_left},
     workers::Workers,
 };
 use crate::{
@@ -165,7 +165,7 @@ impl<'a, B: Backend> Run<'a, B> {
             job,
             geometry: BlockGeometry::new(job.source.arch(), job.source.config(), positions),
             hidden: None,
-            packer: Packer::start(writer),
+            packer: Packer::start(writer, plan.budget.behind_bytes),
             journal,
             digests: finished.tensors.clone(),
             unrecorded: Vec::new(),
@@ -231,6 +231,7 @@ impl<'a, B: Backend> Run<'a, B> {
             sequential: job.plan.sequential,
             progress: job.progress,
         };
+        let b = self.b;
         let (packer, unrecorded) = (&mut self.packer, &mut self.unrecorded);
         let mut stored = Vec::new();
         let mut finish = |loaded: &mut LoadedBlock<B>, point, times: &mut PhaseTimes| {
@@ -248,17 +249,16 @@ impl<'a, B: Backend> Run<'a, B> {
                     })?;
                     continue;
                 }
-                let parts = times.time(Phase::Encode, || match &linear.rounding {
-                    Some(rounding) => encode_rounded(output, rounding),
-                    None => encode_matrix(output, &mut linear.weight),
+                let mut weight = linear.take(b)?;
+                let packing = times.time(Phase::Encode, || match linear.rounding.take() {
+                    Some(rounding) => Ok(pack_rounded(output, rounding)),
+                    None => store_matrix(b, output, &mut weight),
                 })?;
-                stored.extend(solved.map(|layer| Stored::of(layer, output, &linear.weight)));
-                times.time(Phase::Write, || {
-                    parts
-                        .into_iter()
-                        .enumerate()
-                        .try_for_each(|(component, bytes)| packer.write(name, component, bytes))
-                })?;
+                if let Some(layer) = solved {
+                    stored.push(Stored::of(b, layer, output, &weight)?);
+                }
+                linear.weight = LoadedWeight::Solved(weight);
+                times.time(Phase::Write, || packer.pack(name, held_bytes(output), packing))?;
             }
             Ok(())
         };
@@ -321,12 +321,9 @@ impl<'a, B: Backend> Run<'a, B> {
         let mut spent = SolveTimes::default();
         let solver = solver::<B>(Some(plan.prune.method), None, self.job.plan.solver_options());
         for mut solved in solver.solve(b, vec![layer], &mut nothing, &mut spent)? {
-            let mut weight = b.download(&solved.weight)?;
-            let parts = encode_matrix(output, &mut weight)?;
-            solved.report.stored_zeros = zeros_left(output, &weight);
-            for (component, bytes) in parts.into_iter().enumerate() {
-                self.packer.write(output.stored_name(), component, bytes)?;
-            }
+            let packing = store_matrix(b, output, &mut solved.weight)?;
+            solved.report.stored_zeros = zeros_left(b, output, &solved.weight)?;
+            self.packer.pack(output.stored_name(), held_bytes(output), packing)?;
             self.journal.note(std::slice::from_ref(&solved.report));
             self.reports.push(solved.report);
         }

@@ -12,7 +12,7 @@ use sparsepack_formats::FormatError;
 use super::{
     budget::{factor_flops, form_flops, forward_flops, gram_flops, sweep_flops},
     error::{PipelineError, Result},
-    loader::{LoadedBlock, LoadedLinear},
+    loader::{LoadedBlock, LoadedLinear, LoadedWeight},
     plan::{BlockPlan, LayerPlan},
     progress::{Phase, PhaseTimes, Progress},
 };
@@ -303,7 +303,7 @@ impl<B: Backend> StageContext<'_, B> {
                 let layer = solved.report.layer;
                 return Err(PipelineError::NonFiniteWeights { layer, rows });
             }
-            loaded.linears[at].weight = self.backend.download(&solved.weight)?;
+            loaded.linears[at].weight = LoadedWeight::Solved(solved.weight);
             loaded.linears[at].rounding = solved.rounding;
             reports.push(solved.report);
         }
@@ -333,7 +333,7 @@ impl<B: Backend> StageContext<'_, B> {
                     let linear = &loaded.linears[position(&loaded.linears, layer)?];
                     Ok(Layer {
                         name: layer.module.clone(),
-                        weight: b.upload(&linear.weight, linear.rows, linear.cols)?,
+                        weight: linear.matrix(b)?,
                         sparsity: layer.prune.map(|prune| prune.sparsity),
                         grid: layer.quantize.map(|quantize| quantize.grid),
                         keep_zeros: layer.keep_zeros,
@@ -397,7 +397,7 @@ impl Way {
 }
 
 /// Where a planned layer stands among the linears of its block.
-fn position(linears: &[LoadedLinear], layer: &LayerPlan) -> Result<usize> {
+fn position<B: Backend>(linears: &[LoadedLinear<B>], layer: &LayerPlan) -> Result<usize> {
     linears.iter().position(|linear| linear.role == layer.role).ok_or_else(|| {
         let (name, what) = (layer.module.clone(), "is planned but not in its block".to_owned());
         FormatError::Encoding { name, what }.into()

@@ -1,45 +1,116 @@
 //! From solved weights to the bytes of an output.
 
 use sparsepack_formats::{
-    Encoder, Encoding, FormatError,
+    DType, Encoder, Encoding, FormatError,
     encoding::{self, MatrixShape, QuantizedRows},
 };
 
 use super::{
-    error::Result,
-    loader::round_to_stored,
+    error::{PipelineError, Result},
     plan::{LayerPlan, OutputTensor},
 };
 use crate::{
-    backend::{Grid, Rounding, Scales},
+    backend::{Backend, BackendError, Grid, Rounding, Scales},
     model::{from_gguf_rows, hf_row, to_gguf_rows},
 };
 
-/// Encodes a matrix as planned and leaves in `weight` what is stored, so that the run goes on with
-/// that. Returns the bytes of its components. `weight` has its rows in Hugging Face order.
-pub(super) fn encode_matrix(output: &OutputTensor, weight: &mut [f32]) -> Result<Vec<Vec<u8>>> {
-    if let Some(heads) = output.permuted_heads {
-        weight.copy_from_slice(&to_gguf_rows(weight, &output.shape, heads));
-    }
-    let dense = round_to_stored(&output.name, output.encoding.value_dtype(), weight)?;
-    let mut encoder = Encoder::new(output.encoding, &output.name, &output.shape)?;
-    let mut parts = encoder.rows(&dense)?;
-    drop(dense);
-    for (part, rest) in parts.iter_mut().zip(encoder.finish()?) {
-        part.extend(rest);
-    }
+/// Makes the bytes of a tensor's components, on any thread.
+pub(super) type Packing = Box<dyn FnOnce() -> Result<Vec<Vec<u8>>> + Send>;
+
+/// Leaves in `weight` what is stored of it as planned, so that the run goes on with that, and returns what
+/// makes the bytes. `weight` has its rows in Hugging Face order.
+pub(super) fn store_matrix<B: Backend>(
+    b: &B,
+    output: &OutputTensor,
+    weight: &mut B::Matrix,
+) -> Result<Packing> {
     if output.encoding.is_lossy() {
-        let stored: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
-        output.encoding.decode_all_f32(&output.name, &output.shape, &stored, weight)?;
+        let (rows, cols) = b.shape(weight);
+        let mut values = b.download(weight)?;
+        let parts = encode_matrix(output, &mut values)?;
+        *weight = b.upload(&values, rows, cols)?;
+        return Ok(Box::new(|| Ok(parts)));
     }
+    let named = |error| match error {
+        error @ BackendError::TooLarge { .. } => {
+            let (name, what) = (output.name.clone(), error.to_string());
+            FormatError::Encoding { name, what }.into()
+        }
+        error => PipelineError::from(error),
+    };
+    let dtype = output.encoding.value_dtype();
+    if matches!(output.encoding, Encoding::Sparse24 { .. })
+        && output.permuted_heads.is_none()
+        && let Some(parts) = b.pack_24(weight, dtype).map_err(named)?
+    {
+        return Ok(Box::new(|| {
+            Ok(parts.map(|part| part.wait()).into_iter().collect::<std::result::Result<_, _>>()?)
+        }));
+    }
+    let dense = b.store(weight, dtype).map_err(named)?;
+    let output = output.clone();
+    Ok(Box::new(move || encode_dense(&output, dense.wait()?)))
+}
+
+/// Encodes a matrix as planned and leaves in `weight` what is stored. Returns the bytes of its components.
+/// `weight` has its rows in Hugging Face order.
+fn encode_matrix(output: &OutputTensor, weight: &mut [f32]) -> Result<Vec<Vec<u8>>> {
+    let dense = round_to_stored(&output.name, output.encoding.value_dtype(), weight)?;
+    let parts = encode_dense(output, dense)?;
+    let stored: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
+    output.encoding.decode_all_f32(&output.name, &output.shape, &stored, weight)?;
     if let Some(heads) = output.permuted_heads {
         weight.copy_from_slice(&from_gguf_rows(weight, &output.shape, heads));
     }
     Ok(parts)
 }
 
+/// Encodes values of the type that the encoding holds, rows in Hugging Face order. Returns the bytes of the
+/// components.
+fn encode_dense(output: &OutputTensor, mut dense: Vec<u8>) -> Result<Vec<Vec<u8>>> {
+    if let Some(heads) = output.permuted_heads {
+        let MatrixShape { rows, cols } = MatrixShape::of(&output.shape);
+        let shape = [rows, cols * output.encoding.value_dtype().size_bytes()];
+        dense = to_gguf_rows(&dense, &shape, heads);
+    }
+    if matches!(output.encoding, Encoding::Dense { .. }) {
+        return Ok(vec![dense]);
+    }
+    let mut encoder = Encoder::new(output.encoding, &output.name, &output.shape)?;
+    let mut parts = encoder.rows(&dense)?;
+    drop(dense);
+    for (part, rest) in parts.iter_mut().zip(encoder.finish()?) {
+        part.extend(rest);
+    }
+    Ok(parts)
+}
+
+/// Rounds `weight` to `dtype` in place and returns the stored bytes, so that everything later in
+/// the run sees exactly what is written.
+///
+/// # Errors
+/// A value too large for `dtype`.
+pub(super) fn round_to_stored(name: &str, dtype: DType, weight: &mut [f32]) -> Result<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(weight.len() * dtype.size_bytes());
+    encoding::dense::encode_f32(name, dtype, weight, &mut bytes)?;
+    encoding::dense::to_f32(dtype, &bytes, weight);
+    Ok(bytes)
+}
+
+/// What makes the bytes of codes and scales.
+pub(super) fn pack_rounded(output: &OutputTensor, rounding: Rounding) -> Packing {
+    let output = output.clone();
+    Box::new(move || encode_rounded(&output, &rounding))
+}
+
+/// Bytes of what waits to be packed: at most those of the dense matrix in the type of its values.
+pub(super) fn held_bytes(output: &OutputTensor) -> u64 {
+    let MatrixShape { rows, cols } = MatrixShape::of(&output.shape);
+    (rows * cols * output.encoding.value_dtype().size_bytes()) as u64
+}
+
 /// Encodes codes and scales as they are. Returns the bytes of the components.
-pub(super) fn encode_rounded(output: &OutputTensor, rounding: &Rounding) -> Result<Vec<Vec<u8>>> {
+fn encode_rounded(output: &OutputTensor, rounding: &Rounding) -> Result<Vec<Vec<u8>>> {
     let reordered = output.permuted_heads.map(|heads| {
         let rows = MatrixShape::of(&output.shape).rows;
         rounding.reorder_rows(|row| hf_row(row, rows, heads))
@@ -78,20 +149,32 @@ pub(super) struct Stored {
 }
 
 impl Stored {
-    pub(super) fn of(layer: &LayerPlan, output: &OutputTensor, weight: &[f32]) -> Self {
+    pub(super) fn of<B: Backend>(
+        b: &B,
+        layer: &LayerPlan,
+        output: &OutputTensor,
+        weight: &B::Matrix,
+    ) -> Result<Self> {
         let weights = (layer.rows * layer.cols) as f64;
-        Self {
+        Ok(Self {
             layer: layer.module.clone(),
-            zeros: layer.prune.and_then(|_| zeros_left(output, weight)),
+            zeros: if layer.prune.is_some() { zeros_left(b, output, weight)? } else { None },
             bits_per_weight: (weights > 0.0).then(|| output.bytes as f64 * 8.0 / weights),
-        }
+        })
     }
 }
 
 /// Zeros of a matrix as stored, where its encoding moves zeros.
-pub(super) fn zeros_left(output: &OutputTensor, stored: &[f32]) -> Option<u64> {
-    let moves = matches!(output.encoding, Encoding::Ggml { ty } if !ty.keeps_zeros());
-    moves.then(|| stored.iter().filter(|value| **value == 0.0).count() as u64)
+pub(super) fn zeros_left<B: Backend>(
+    b: &B,
+    output: &OutputTensor,
+    stored: &B::Matrix,
+) -> Result<Option<u64>> {
+    if !matches!(output.encoding, Encoding::Ggml { ty } if !ty.keeps_zeros()) {
+        return Ok(None);
+    }
+    let zeros = b.download(stored)?.into_iter().filter(|value| *value == 0.0).count();
+    Ok(Some(zeros as u64))
 }
 
 #[cfg(test)]

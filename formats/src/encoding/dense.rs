@@ -59,8 +59,8 @@ pub(super) fn check_float(name: &str, dtype: DType) -> Result<()> {
     })
 }
 
-/// Converts little-endian `bytes` of a float type into `out`, exactly.
-pub(super) fn to_f32(dtype: DType, bytes: &[u8], out: &mut [f32]) {
+/// Converts little-endian `bytes` of a float type into `out`, exactly; as many values as both have.
+pub fn to_f32(dtype: DType, bytes: &[u8], out: &mut [f32]) {
     match dtype {
         DType::F16 => {
             let mut lanes = [f16::ZERO; CHUNK];
@@ -136,6 +136,34 @@ pub fn encode_f32(name: &str, dtype: DType, values: &[f32], out: &mut Vec<u8>) -
         }
     }
     Ok(())
+}
+
+/// The first of the little-endian values of a float type that is NaN or infinite.
+pub fn first_non_finite(dtype: DType, bytes: &[u8]) -> Option<usize> {
+    // A pass without a branch first: most tensors have none, and this vectorises.
+    let any = match dtype {
+        DType::F16 => has_exponent(bytes.as_chunks::<2>().0, u16::from_le_bytes, 0x7C00),
+        DType::Bf16 => has_exponent(bytes.as_chunks::<2>().0, u16::from_le_bytes, 0x7F80),
+        DType::F8E4m3 => bytes.iter().fold(false, |any, code| any | (code & 0x7F == 0x7F)),
+        _ => has_exponent(bytes.as_chunks::<4>().0, u32::from_le_bytes, 0x7F80_0000),
+    };
+    if !any {
+        return None;
+    }
+    let size = dtype.size_bytes();
+    bytes.chunks_exact(size).position(|bytes| {
+        let mut value = [0.0];
+        to_f32(dtype, bytes, &mut value);
+        !value[0].is_finite()
+    })
+}
+
+/// Whether all bits of `exponent` are set in one of the lanes.
+fn has_exponent<const N: usize, T>(lanes: &[[u8; N]], value: fn([u8; N]) -> T, exponent: T) -> bool
+where
+    T: Copy + PartialEq + std::ops::BitAnd<Output = T>,
+{
+    lanes.iter().fold(false, |any, lane| any | (value(*lane) & exponent == exponent))
 }
 
 /// Bits of the nearest bf16, ties to even; without a branch, so that a loop of it vectorises.
@@ -220,6 +248,22 @@ mod tests {
         );
         assert!(encode_f32("w", DType::I8, &[1.0], &mut vec![]).is_err());
         assert!(encode_f32("w", DType::I8, &[], &mut vec![]).is_err());
+    }
+
+    #[test]
+    fn what_is_not_finite_is_found() {
+        for dtype in [DType::F32, DType::F16, DType::Bf16, DType::F8E4m3] {
+            let mut bytes = vec![];
+            encode_f32("w", dtype, &[1.0, -448.0, 0.0, -0.0, 3e-5], &mut bytes).unwrap();
+            assert_eq!(first_non_finite(dtype, &bytes), None, "{dtype}");
+            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                if dtype != DType::F8E4m3 || bad.is_nan() {
+                    let mut bytes = bytes.clone();
+                    encode_f32("w", dtype, &[bad, 1.0, bad], &mut bytes).unwrap();
+                    assert_eq!(first_non_finite(dtype, &bytes), Some(5), "{dtype} {bad}");
+                }
+            }
+        }
     }
 
     proptest! {

@@ -5,9 +5,9 @@ use std::borrow::Cow;
 use half::bf16;
 use rayon::prelude::*;
 
-use super::{Cpu, CpuWeight, Products, buffers, linear, simd};
+use super::{Cpu, CpuWeight, Products, buffers, linear, pack, simd};
 pub(super) use crate::backend::error::shape_error;
-use crate::backend::{BackendError, HostData, HostMatrix, Result, Storage};
+use crate::backend::{BackendError, HostData, HostMatrix, Result, Storage, StoredValues};
 
 /// Rows of a strip in element-wise operations.
 pub(super) const STRIP: usize = 32;
@@ -155,6 +155,7 @@ pub(super) fn product_operand(
 impl Storage for Cpu {
     type Matrix = CpuMatrix;
     type Weight = CpuWeight;
+    type Staged = CpuMatrix;
 
     fn describe(&self) -> String {
         format!("CPU, {}", self.products)
@@ -166,6 +167,17 @@ impl Storage for Cpu {
             return Err(BackendError::Shape { operation: "upload", detail });
         }
         Ok(CpuMatrix::from_f32(rows, cols, buffers::copy(data)))
+    }
+
+    fn stage(&self, values: StoredValues<'_>, rows: usize, cols: usize) -> Result<CpuMatrix> {
+        values.check("stage", rows, cols)?;
+        let mut data = buffers::take(rows * cols);
+        pack::decode(values, cols, &mut data);
+        Ok(CpuMatrix::from_f32(rows, cols, data))
+    }
+
+    fn receive(&self, staged: &CpuMatrix) -> Result<CpuMatrix> {
+        self.duplicate(staged)
     }
 
     fn download(&self, matrix: &CpuMatrix) -> Result<Vec<f32>> {

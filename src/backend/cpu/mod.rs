@@ -17,6 +17,7 @@ mod linear;
 mod matrix;
 mod nll;
 mod norm;
+mod pack;
 mod rope;
 mod rounding;
 mod scales;
@@ -28,13 +29,16 @@ mod sweep;
 use std::ops::Range;
 
 use rayon::ThreadPool;
+use sparsepack_formats::DType;
 
 pub use linear::CpuWeight;
 pub use matrix::CpuMatrix;
+#[cfg(feature = "cuda")]
+pub(super) use pack::too_large;
 
 use super::{
-    Activation, AttentionShape, BackendError, BlockOps, Dense, DenseOps, Eigen, Precision, Result,
-    RopeTables, Rounding, Selection, SequenceLens, SolveOps, StatOps, SweepRule,
+    Activation, AttentionShape, BackendError, BlockOps, Dense, DenseOps, Eigen, Fetch, PackOps,
+    Precision, Result, RopeTables, Rounding, Selection, SequenceLens, SolveOps, StatOps, SweepRule,
 };
 
 /// Element type and instructions of matrix products.
@@ -297,6 +301,16 @@ impl SolveOps for Cpu {
 
     fn quadratic_form(&self, a: &CpuMatrix, b: Option<&CpuMatrix>, h: &CpuMatrix) -> Result<f64> {
         solve::quadratic_form(a, b, h)
+    }
+}
+
+impl PackOps for Cpu {
+    fn store(&self, w: &mut CpuMatrix, dtype: DType) -> Result<Fetch> {
+        pack::store(w, dtype)
+    }
+
+    fn pack_24(&self, w: &mut CpuMatrix, dtype: DType) -> Result<Option<[Fetch; 2]>> {
+        pack::pack_24(w, dtype)
     }
 }
 

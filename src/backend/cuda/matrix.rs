@@ -3,11 +3,12 @@
 use half::bf16;
 
 use super::{
-    Cuda, Products,
+    Cuda, CudaStaged, Products,
     driver::{Arg, Geometry, KernelFile, Memory},
+    pack,
 };
 pub(super) use crate::backend::error::shape_error;
-use crate::backend::{HostData, HostMatrix, Result, Storage};
+use crate::backend::{HostData, HostMatrix, Result, Storage, StoredValues};
 
 /// Threads of a block of the element-wise kernels.
 pub(super) const THREADS: usize = 256;
@@ -191,6 +192,7 @@ impl<'a> From<&'a Values> for Arg<'a> {
 impl Storage for Cuda {
     type Matrix = CudaMatrix;
     type Weight = CudaWeight;
+    type Staged = CudaStaged;
 
     fn describe(&self) -> String {
         format!("{}, {}", self.gpu.describe(), self.products)
@@ -203,6 +205,14 @@ impl Storage for Cuda {
             return Err(shape_error(OPERATION, detail));
         }
         Ok(CudaMatrix::f32(rows, cols, self.gpu.upload(data, OPERATION)?))
+    }
+
+    fn stage(&self, values: StoredValues<'_>, rows: usize, cols: usize) -> Result<CudaStaged> {
+        pack::stage(self, values, rows, cols)
+    }
+
+    fn receive(&self, staged: &CudaStaged) -> Result<CudaMatrix> {
+        pack::receive(self, staged)
     }
 
     fn download(&self, matrix: &CudaMatrix) -> Result<Vec<f32>> {

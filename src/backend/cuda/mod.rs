@@ -4,7 +4,7 @@
 //! As on the CPU there are two arithmetics, f32 and bf16 products with f32 sums, and a result depends on
 //! the inputs and the arithmetic only: kernels add in a fixed order, without floating-point atomics.
 //! Everything is asynchronous on one stream; what reads a result waits for it, and errors of kernels come
-//! to light there.
+//! to light there. Weights come and results go on streams of their own, beside it.
 //!
 //! What stays on the host: the search for scales of a grid, and with it sweeps that choose scales on
 //! the way (`sweep.rs`).
@@ -19,6 +19,7 @@ mod linear;
 mod matrix;
 mod nll;
 mod norm;
+mod pack;
 mod rope;
 mod select;
 mod solve;
@@ -29,10 +30,13 @@ use std::ops::Range;
 use cached::Cached;
 use driver::Memory;
 pub use matrix::{CudaMatrix, CudaWeight};
+pub use pack::CudaStaged;
+use sparsepack_formats::DType;
 
 use super::{
-    Activation, AttentionShape, BackendError, BlockOps, Dense, DenseOps, Eigen, Precision, Result,
-    RopeTables, Rounding, Selection, SequenceLens, SolveOps, StatOps, SweepRule, cpu,
+    Activation, AttentionShape, BackendError, BlockOps, Dense, DenseOps, Eigen, Fetch, PackOps,
+    Precision, Result, RopeTables, Rounding, Selection, SequenceLens, SolveOps, StatOps, SweepRule,
+    cpu,
 };
 
 /// Element type of matrix products.
@@ -293,6 +297,16 @@ impl SolveOps for Cuda {
         h: &CudaMatrix,
     ) -> Result<f64> {
         solve::quadratic_form(self, a, b, h)
+    }
+}
+
+impl PackOps for Cuda {
+    fn store(&self, w: &mut CudaMatrix, dtype: DType) -> Result<Fetch> {
+        pack::store(self, w, dtype)
+    }
+
+    fn pack_24(&self, w: &mut CudaMatrix, dtype: DType) -> Result<Option<[Fetch; 2]>> {
+        pack::pack_24(self, w, dtype)
     }
 }
 

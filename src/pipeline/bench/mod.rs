@@ -1,13 +1,11 @@
 //! Times of the phases of one layer, on made-up inputs, by the code that a conversion runs.
 //!
-//! A round is upload, Gram matrix, factor, sweep, output error, download, packing. The solver clocks its
+//! A round is upload, Gram matrix, factor, sweep, output error, packing. The solver clocks its
 //! own three phases as in a conversion; each of the others begins and ends with
 //! [`finish`](crate::backend::Storage::finish). The first round is not counted.
 
 mod inputs;
 mod times;
-
-use std::time::Instant;
 
 use serde::Serialize;
 use sparsepack_formats::{DType, Encoding};
@@ -21,10 +19,10 @@ use super::{
     encodings::of_pruned,
     error::{PipelineError, Result},
     plan::{OutputTensor, Pruning},
-    stored::encode_matrix,
+    stored::{round_to_stored, store_matrix},
 };
 use crate::{
-    backend::{Backend, BackendError, BackendJob, HostData},
+    backend::{Backend, BackendError, BackendJob, HostData, StoredValues},
     calibration::{StatKind, Statistic},
     compress::{Layer, Method, SolveTimes, SolverOptions, Sparsity, check_target, solver},
 };
@@ -111,8 +109,8 @@ impl LayerBench {
     pub fn host_bytes(&self, on_host: bool) -> u64 {
         let [rows, cols] = [self.rows as u64, self.cols as u64];
         let weights = rows * cols;
-        // As made, as downloaded, rounded to bf16, and its packed parts.
-        let copies = weights * (4 + 4 + 2 + 2);
+        // As made, rounded to bf16, and its packed parts.
+        let copies = weights * (4 + 2 + 2);
         let batch = (BATCH_TOKENS.min(self.tokens)) as u64 * cols * 4;
         if !on_host {
             return copies + batch;
@@ -134,27 +132,25 @@ impl LayerBench {
         ]
     }
 
-    /// Bytes that a transfer moves (f32), and of the dense matrix that is packed (bf16).
-    fn bytes(&self) -> [(LayerPhase, f64); 3] {
-        let weights = self.rows as f64 * self.cols as f64;
-        [
-            (LayerPhase::Upload, 4.0 * weights),
-            (LayerPhase::Download, 4.0 * weights),
-            (LayerPhase::Pack, 2.0 * weights),
-        ]
+    /// Bytes of the dense matrix (bf16), which is uploaded and packed.
+    fn bytes(&self) -> [(LayerPhase, f64); 2] {
+        let dense = 2.0 * self.rows as f64 * self.cols as f64;
+        [(LayerPhase::Upload, dense), (LayerPhase::Pack, dense)]
     }
 
     /// One round: seconds by phase.
     fn round<B: Backend>(
         &self,
         b: &B,
-        weight: &[f32],
+        weight: &[u8],
         batches: &Batches<B::Matrix>,
         output: &OutputTensor,
     ) -> Result<Round> {
         let mut round = Round::default();
-        let weight =
-            round.clock(b, LayerPhase::Upload, || b.upload(weight, self.rows, self.cols))?;
+        let weight = round.clock(b, LayerPhase::Upload, || {
+            let stored = StoredValues { dtype: DType::Bf16, bytes: weight };
+            b.receive(&b.stage(stored, self.rows, self.cols)?)
+        })?;
 
         let mut statistic = Statistic::new(b, StatKind::Hessian, self.cols)?;
         round
@@ -175,11 +171,10 @@ impl LayerBench {
         round.add(LayerPhase::Sweep, spent.sweep_secs);
         round.add(LayerPhase::Error, spent.error_secs);
 
-        for solved in solved {
-            let mut stored = round.clock(b, LayerPhase::Download, || b.download(&solved.weight))?;
-            let start = Instant::now();
-            let parts = encode_matrix(output, &mut stored)?;
-            round.add(LayerPhase::Pack, start.elapsed().as_secs_f64());
+        for mut solved in solved {
+            let parts = round.clock(b, LayerPhase::Pack, || -> Result<_> {
+                store_matrix(b, output, &mut solved.weight)?()
+            })?;
             round.packed_bytes = parts.iter().map(|part| part.len() as u64).sum();
             round.report = Some(solved.report);
         }
@@ -194,7 +189,8 @@ impl BackendJob for LayerBench {
         let output = self.output()?;
         let ceiling = b.measure_gemm_ceiling()?;
         let products = products(b)?;
-        let weight = inputs::weight(self.rows, self.cols);
+        let mut weight = inputs::weight(self.rows, self.cols);
+        let weight = round_to_stored(NAME, DType::Bf16, &mut weight)?;
         let batches = Batches::new(b, self.tokens, self.cols)?;
         self.round(b, &weight, &batches, &output)?;
         let rounds = (0..self.repeat)

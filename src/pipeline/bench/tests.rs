@@ -21,8 +21,7 @@ fn counts_are_those_of_the_definition() {
     assert_eq!(count(&flops, LayerPhase::Sweep), 6.0 * 16.0);
     assert_eq!(count(&flops, LayerPhase::Error), 2.0 * 6.0 * 16.0);
     let bytes = bench.bytes();
-    assert_eq!(count(&bytes, LayerPhase::Upload), 96.0);
-    assert_eq!(count(&bytes, LayerPhase::Download), 96.0);
+    assert_eq!(count(&bytes, LayerPhase::Upload), 48.0);
     assert_eq!(count(&bytes, LayerPhase::Pack), 48.0);
 }
 
@@ -40,7 +39,7 @@ fn memory_grows_with_what_runs_on_the_host() {
     let widest = bench(12288, 49152, 2048, "50%");
     let (host, device) = (widest.host_bytes(true), widest.host_bytes(false));
     assert!(host - device > 24 * 49152 * 49152, "{host} {device}");
-    assert!(device > 12 * 12288 * 49152, "{device}");
+    assert!(device > 8 * 12288 * 49152, "{device}");
     assert!(bench(1 << 20, 1 << 20, 1 << 30, "50%").host_bytes(true) > 40 << 40);
 }
 

@@ -13,7 +13,7 @@ use crate::{
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LayerPhase {
-    /// The weight to the device, f32.
+    /// The weight, bf16, to the device, and widened there.
     Upload,
     /// `XᵀX` over all tokens, with the search for NaN and infinity before each batch.
     Gram,
@@ -23,23 +23,14 @@ pub enum LayerPhase {
     Sweep,
     /// The output error: two quadratic forms.
     Error,
-    /// The solved weight from the device, f32.
-    Download,
-    /// Rounding to bf16 and encoding, on one thread as in a conversion.
+    /// Rounding to bf16, packing, and the packed bytes to the host.
     Pack,
 }
 
 impl LayerPhase {
     /// Every phase in the order of a round.
-    pub const ALL: [Self; 7] = [
-        Self::Upload,
-        Self::Gram,
-        Self::Factor,
-        Self::Sweep,
-        Self::Error,
-        Self::Download,
-        Self::Pack,
-    ];
+    pub const ALL: [Self; 6] =
+        [Self::Upload, Self::Gram, Self::Factor, Self::Sweep, Self::Error, Self::Pack];
 
     /// A word for tables.
     pub fn name(self) -> &'static str {
@@ -49,7 +40,6 @@ impl LayerPhase {
             Self::Factor => "factor",
             Self::Sweep => "sweep",
             Self::Error => "error",
-            Self::Download => "download",
             Self::Pack => "pack",
         }
     }
@@ -60,7 +50,7 @@ impl LayerPhase {
             Self::Gram => Some(products),
             Self::Factor => Some("f64"),
             Self::Sweep | Self::Error => Some("f32"),
-            Self::Upload | Self::Download | Self::Pack => None,
+            Self::Upload | Self::Pack => None,
         }
     }
 }
@@ -75,7 +65,7 @@ pub struct PhaseTime {
     /// Operations; a multiply-add is two.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub flops: Option<f64>,
-    /// Bytes moved, or of the dense bf16 matrix that is packed.
+    /// Bytes of the dense bf16 matrix that is moved or packed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bytes: Option<f64>,
     /// Operations a second, in 10¹².
@@ -135,12 +125,12 @@ impl Round {
     }
 
     /// Does `work` between two readings of the clock at which the device is idle.
-    pub(super) fn clock<B: Backend, T>(
+    pub(super) fn clock<B: Backend, T, E: From<BackendError>>(
         &mut self,
         b: &B,
         phase: LayerPhase,
-        work: impl FnOnce() -> Result<T, BackendError>,
-    ) -> Result<T, BackendError> {
+        work: impl FnOnce() -> Result<T, E>,
+    ) -> Result<T, E> {
         b.finish()?;
         let start = Instant::now();
         let done = work()?;

@@ -7,7 +7,7 @@ use std::{sync::Arc, time::Instant};
 use super::super::{
     budget::{forward_flops, gram_flops},
     error::{PipelineError, Result},
-    loader::{LoadedBlock, LoadedLinear},
+    loader::{LoadedBlock, LoadedLinear, LoadedWeight},
     progress::{Phase, PhaseTimes},
 };
 use super::{
@@ -74,9 +74,11 @@ impl SliceJob<'_> {
                 let t = solve(b, &fit, q, damp, &first.unwrap_or_default())?;
                 let gain = writer.gain_before(reads, index)?;
                 for (linear, from) in sliced.at(reads).zip(dense.at(reads)) {
-                    let weight = Dense::new(from.rows, from.cols, &from.weight)?;
+                    let weight = Dense::new(from.rows, from.cols, &b.download(&from.matrix(b)?)?)?;
                     let weight = slicegpt::reader(b, weight, &gain, &t)?;
-                    linear.weight = writer.put(&linear.tensor, &weight)?;
+                    let stored = writer.put(&linear.tensor, &weight)?;
+                    let stored = b.upload(&stored, linear.rows, linear.cols)?;
+                    linear.weight = LoadedWeight::Solved(stored);
                 }
                 sliced.install(b, reads)?;
                 times.charge(Phase::Slice, start.elapsed().as_secs_f64(), 0.0);
@@ -84,10 +86,12 @@ impl SliceJob<'_> {
                 let fit = pair.write(&dense, &sliced.block, [reads, writes], times)?;
                 let start = Instant::now();
                 for (linear, from) in sliced.at(writes).zip(dense.at(writes)) {
-                    let weight = Dense::new(from.rows, from.cols, &from.weight)?;
+                    let weight = Dense::new(from.rows, from.cols, &b.download(&from.matrix(b)?)?)?;
                     let plain = slicegpt::writer(b, &weight, q)?;
                     let weight = solve(b, &fit, &plain, damp, &linear.tensor)?;
-                    linear.weight = writer.put(&linear.tensor, &weight)?;
+                    let stored = writer.put(&linear.tensor, &weight)?;
+                    let stored = b.upload(&stored, linear.rows, linear.cols)?;
+                    linear.weight = LoadedWeight::Solved(stored);
                 }
                 sliced.install(b, writes)?;
                 times.charge(Phase::Slice, start.elapsed().as_secs_f64(), 0.0);
@@ -141,20 +145,20 @@ impl<'a, B: Backend> Pair<'a, B> {
             let gain = self.b.duplicate(&self.ones[1])?;
             Ok(Norm::Rms { gain, eps: config.norm_eps })
         };
-        let linear = |from: &LoadedLinear| -> Result<LoadedLinear> {
+        let linear = |from: &LoadedLinear<B>| -> Result<LoadedLinear<B>> {
             let [rows, cols] = config.linear_shape(from.role);
             let bias = match &from.bias {
                 Some(_) => Some(writer.bias(index, from.role, Bases::shared(self.q))?.to_f32()),
                 None => None,
             };
             let (tensor, capture) = (from.tensor.clone(), from.capture);
-            let (weight, rounding) = (Vec::new(), None);
             Ok(LoadedLinear {
                 role: from.role,
                 capture,
                 tensor,
-                weight,
-                rounding,
+                // Written when it is solved for.
+                weight: LoadedWeight::Installed,
+                rounding: None,
                 bias,
                 rows,
                 cols,

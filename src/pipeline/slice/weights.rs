@@ -10,10 +10,10 @@ use sparsepack_formats::{SafetensorsWriter, encoding::MatrixShape};
 use super::super::{
     budget::SLICED_ROWS,
     error::Result,
-    loader::round_to_stored,
     packer::Packer,
     plan::ConversionPlan,
     progress::{Phase, PhaseTimes},
+    stored::round_to_stored,
 };
 use super::SliceJob;
 use crate::{
@@ -74,7 +74,7 @@ impl<'a, B: Backend> SlicedWriter<'a, B> {
             OutputRecipe { format: Some(OutputFormat::Safetensors), ..OutputRecipe::default() };
         let plan =
             ConversionPlan::new(&job.slicing.outline, &Recipe { output, ..Recipe::default() })?;
-        let packer = Packer::start(SafetensorsWriter::create(directory, &plan.shards())?);
+        let packer = Packer::start(SafetensorsWriter::create(directory, &plan.shards())?, 0);
         Ok(Self { b, job, packer })
     }
 

@@ -68,6 +68,8 @@ kernel_files! {
     Sweep = "sweep.cu",
     /// Around the factorisation.
     Solve = "solve.cu",
+    /// Stored types, and the 2:4 packing.
+    Pack = "pack.cu",
 }
 
 /// One argument of a launch. The address of memory is good for as long as the memory is borrowed.
@@ -129,6 +131,7 @@ named!(
     bf16 = "bf16",
     u8 = "u8",
     i8 = "i8",
+    u16 = "u16",
     u32 = "u32",
     u64 = "u64"
 );

@@ -1,5 +1,6 @@
-//! Device memory and copies of it.
+//! Device memory, and copies that stay on the device.
 
+use bytemuck::Pod;
 use cudarc::driver::{CudaSlice, DeviceRepr, DriverError, ValidAsZeroBits, sys::CUresult};
 
 use super::{Gpu, failure, trim};
@@ -10,10 +11,10 @@ pub(in super::super) type Memory<T> = CudaSlice<T>;
 
 /// What may lie in device memory and has no invalid bits.
 pub(in super::super) trait Bytes:
-    DeviceRepr + ValidAsZeroBits + Copy + Default
+    DeviceRepr + ValidAsZeroBits + Pod + Default
 {
 }
-impl<T: DeviceRepr + ValidAsZeroBits + Copy + Default> Bytes for T {}
+impl<T: DeviceRepr + ValidAsZeroBits + Pod + Default> Bytes for T {}
 
 impl Gpu {
     /// Memory that nothing has been written to.
@@ -64,35 +65,6 @@ impl Gpu {
         let mut memory = self.allocate(len, operation)?;
         self.stream.memset_zeros(&mut memory).map_err(self.failed(operation))?;
         Ok(memory)
-    }
-
-    /// Copies values to the device.
-    pub(in super::super) fn upload<T: Bytes>(
-        &self,
-        values: &[T],
-        operation: &'static str,
-    ) -> Result<Memory<T>> {
-        let mut memory = self.allocate(values.len(), operation)?;
-        if !values.is_empty() {
-            self.stream.memcpy_htod(values, &mut memory).map_err(self.failed(operation))?;
-        }
-        Ok(memory)
-    }
-
-    /// Copies the first `len` values from the device, after all that was begun.
-    pub(in super::super) fn download<T: Bytes>(
-        &self,
-        memory: &Memory<T>,
-        len: usize,
-        operation: &'static str,
-    ) -> Result<Vec<T>> {
-        let mut values = vec![T::default(); len];
-        if len > 0 {
-            let view = memory.slice(..len);
-            self.stream.memcpy_dtoh(&view, &mut values).map_err(self.failed(operation))?;
-        }
-        self.finish(operation)?;
-        Ok(values)
     }
 
     /// A copy on the device.

@@ -1,8 +1,8 @@
 //! NVIDIA's libraries behind functions that check what they are given: the only unsafe code of this
 //! backend.
 //!
-//! One stream does everything, in the order of the calls, so memory that is freed is not taken again
-//! before what still reads it is done. Matrices are row-major here as everywhere; cuBLAS and cuSOLVER,
+//! One stream does everything but copies beside the arithmetic (`transfers.rs`), in the order of the calls,
+//! so memory that is freed is not taken again before what still reads it is done. Matrices are row-major here as everywhere; cuBLAS and cuSOLVER,
 //! which are column-major, see their transposes.
 
 mod blas;
@@ -10,6 +10,7 @@ mod kernels;
 mod memory;
 mod present;
 mod solver;
+mod transfers;
 
 use std::{mem::ManuallyDrop, sync::Arc};
 
@@ -19,17 +20,18 @@ use cudarc::{
 };
 
 pub(super) use blas::{Element, Operand, Product};
-pub(super) use kernels::{Arg, Geometry, KernelFile};
-use memory::Bytes;
-pub(super) use memory::Memory;
+pub(super) use kernels::{Arg, Geometry, KernelFile, Named};
+pub(super) use memory::{Bytes, Memory};
 pub(super) use present::probe;
+pub(super) use transfers::Arriving;
 
 use crate::backend::{BackendError, Result};
 
-/// One GPU: its stream, its libraries and the kernels that were compiled for it.
+/// One GPU: its streams, its libraries and the kernels that were compiled for it.
 pub(super) struct Gpu {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
+    transfers: Arc<transfers::Transfers>,
     blas: ManuallyDrop<CudaBlas>,
     solver: ManuallyDrop<solver::Solver>,
     kernels: kernels::Kernels,
@@ -54,12 +56,15 @@ impl Gpu {
             move |error: DriverError| failure(device, doing, &error)
         };
         let context = CudaContext::new(index).map_err(failed("cannot be started"))?;
-        // Everything runs on one stream, so there is nothing for events to order.
+        // Where streams meet, `transfers.rs` has events of its own.
         // SAFETY: no slice exists yet, and none is ever used on another stream without an event.
         unsafe { context.disable_event_tracking() };
         let name = context.name().map_err(failed("has no name"))?;
         let arch = context.compute_capability().map_err(failed("has no architecture"))?;
         let stream = context.new_stream().map_err(failed("has no stream"))?;
+        let transfers =
+            transfers::Transfers::new(&context).map_err(failed("has no streams for copies"))?;
+        let transfers = Arc::new(transfers);
         keep_freed_memory(&context).map_err(failed("has no memory pool"))?;
         let blas = CudaBlas::new(stream.clone())
             .map_err(|error| failure(device.clone(), "cuBLAS cannot be started", &error))?;
@@ -67,7 +72,7 @@ impl Gpu {
             .map_err(|error| failure(device.clone(), "cuSOLVER cannot be started", &error))?;
         let kernels = kernels::Kernels::new(arch);
         let (blas, solver) = (ManuallyDrop::new(blas), ManuallyDrop::new(solver));
-        Ok(Self { context, stream, blas, solver, kernels, name, arch })
+        Ok(Self { context, stream, transfers, blas, solver, kernels, name, arch })
     }
 
     /// Name and architecture.
