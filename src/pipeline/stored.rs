@@ -10,7 +10,7 @@ use super::{
     plan::{LayerPlan, OutputTensor},
 };
 use crate::{
-    backend::{Backend, BackendError, Grid, Rounding, Scales},
+    backend::{Backend, BackendError, Fetch, Grid, Rounding, Scales},
     model::{from_gguf_rows, hf_row, to_gguf_rows},
 };
 
@@ -44,7 +44,7 @@ pub(super) fn store_matrix<B: Backend>(
         && let Some(parts) = b.pack_24(weight, dtype).map_err(named)?
     {
         return Ok(Box::new(|| {
-            Ok(parts.map(|part| part.wait()).into_iter().collect::<std::result::Result<_, _>>()?)
+            Ok(parts.map(Fetch::wait).into_iter().collect::<std::result::Result<_, _>>()?)
         }));
     }
     let dense = b.store(weight, dtype).map_err(named)?;

@@ -144,7 +144,7 @@ pub fn first_non_finite(dtype: DType, bytes: &[u8]) -> Option<usize> {
     let any = match dtype {
         DType::F16 => has_exponent(bytes.as_chunks::<2>().0, u16::from_le_bytes, 0x7C00),
         DType::Bf16 => has_exponent(bytes.as_chunks::<2>().0, u16::from_le_bytes, 0x7F80),
-        DType::F8E4m3 => bytes.iter().fold(false, |any, code| any | (code & 0x7F == 0x7F)),
+        DType::F8E4m3 => has_exponent(bytes.as_chunks::<1>().0, u8::from_le_bytes, 0x7F),
         _ => has_exponent(bytes.as_chunks::<4>().0, u32::from_le_bytes, 0x7F80_0000),
     };
     if !any {
