@@ -60,7 +60,7 @@ API int cublasGetVersion_v2(Library*, int* version) {
 
 static int check_handle(const Library* handle) {
     if (handle == nullptr) return CUBLAS_STATUS_NOT_INITIALIZED;
-    return usable(handle->stream) == CUDA_SUCCESS ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
+    return submit(handle->stream) == CUDA_SUCCESS ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
 }
 
 // A scalar is read where the handle's pointer mode says it lies; failing that, the status is not success.

@@ -22,7 +22,7 @@ struct Vector {
 
 static int check_handle(const Library* handle) {
     if (handle == nullptr) return CUBLAS_STATUS_NOT_INITIALIZED;
-    return usable(handle->stream) == CUDA_SUCCESS ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
+    return submit(handle->stream) == CUDA_SUCCESS ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
 }
 
 // Whether a scalar lies where the handle's pointer mode says.

@@ -98,7 +98,7 @@ static int check_square(const Library* handle, int fill, int64_t n, int type, in
 
 static int begin(const Library* handle, const Task& task) {
     if (int status = check_square(handle, task.fill, task.n, task.type, task.lda)) return status;
-    if (usable(handle->stream) != CUDA_SUCCESS) return CUSOLVER_STATUS_EXECUTION_FAILED;
+    if (submit(handle->stream) != CUDA_SUCCESS) return CUSOLVER_STATUS_EXECUTION_FAILED;
     if (task.device_bytes < task.device_needs || task.host_bytes < task.host_needs) return CUSOLVER_STATUS_INVALID_VALUE;
     Type type = static_cast<Type>(task.type);
     bool present = on_device(task.who, "a", stored(task.a, type, task.n, task.n, task.lda)) && on_device(task.who, "info", F32, task.info, 1);

@@ -7,6 +7,8 @@
 #include <mutex>
 #include <vector>
 
+#include "queues.h"
+
 namespace software_gpu {
 
 static long setting(const char* name, long otherwise) {
@@ -64,19 +66,31 @@ Status usable() {
 Status usable(const Stream* stream) {
     Status status = usable();
     if (status != CUDA_SUCCESS) return status;
-    // 1 and 2 are CU_STREAM_LEGACY and CU_STREAM_PER_THREAD.
-    if (reinterpret_cast<uintptr_t>(stream) <= 2) return CUDA_SUCCESS;
+    if (is_legacy(stream)) return CUDA_SUCCESS;
     return stream->context == current_context() ? CUDA_SUCCESS : CUDA_ERROR_INVALID_HANDLE;
+}
+
+static Status fail(Context* context, Status status, const char* format, va_list rest) {
+    fputs("software gpu: ", stderr);
+    vfprintf(stderr, format, rest);
+    fputs("\n", stderr);
+    if (context != nullptr) context->failure = status;
+    return status;
 }
 
 Status fail(Status status, const char* format, ...) {
     va_list rest;
     va_start(rest, format);
-    fputs("software gpu: ", stderr);
-    vfprintf(stderr, format, rest);
-    fputs("\n", stderr);
+    fail(current_context(), status, format, rest);
     va_end(rest);
-    if (Context* context = current_context()) context->failure = status;
+    return status;
+}
+
+Status fail(Context* context, Status status, const char* format, ...) {
+    va_list rest;
+    va_start(rest, format);
+    fail(context, status, format, rest);
+    va_end(rest);
     return status;
 }
 
@@ -166,6 +180,7 @@ API int cuCtxCreate_v4(Context** context, void*, unsigned, int ordinal) {
 
 API int cuCtxDestroy_v2(Context* context) {
     if (context == nullptr || context == context->device->primary) return CUDA_ERROR_INVALID_CONTEXT;
+    finish(context);
     while (!contexts.empty() && contexts.back() == context) contexts.pop_back();
     return CUDA_SUCCESS;  // not freed: a stream of it may be destroyed later
 }
@@ -176,7 +191,11 @@ API int cuCtxGetDevice(int* ordinal) {
     return CUDA_SUCCESS;
 }
 
-API int cuCtxSynchronize() { return usable(); }
+API int cuCtxSynchronize() {
+    if (Status status = usable()) return status;
+    return finish(current_context());
+}
+
 API int cuCtxSetFlags(unsigned) { return usable(); }
 API int cuCtxSetCacheConfig(int) { return usable(); }
 API int cuCtxSetLimit(int, size_t) { return usable(); }

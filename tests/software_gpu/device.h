@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 
 #include "status.h"
 
@@ -16,6 +17,7 @@ constexpr size_t MAX_SHARED = 227 * 1024;
 constexpr int MULTIPROCESSORS = 132;
 
 struct Context;
+struct Queue;
 
 struct Device {
     size_t total = 0;
@@ -30,7 +32,8 @@ struct Device {
 // What a CUcontext points to.
 struct Context {
     Device* device;
-    std::atomic<int> failure{0};  // a Status: every later call on the context returns it
+    std::atomic<int> failure{0};            // a Status: every later call on the context returns it
+    std::shared_ptr<Queue> legacy = nullptr;  // what the null stream has put off; none before its first use
 };
 
 // What a CUstream points to; the null stream is the current context's.
@@ -38,7 +41,12 @@ struct Stream {
     Context* context;
     unsigned flags;
     int priority;
+    std::shared_ptr<Queue> queue;
 };
+
+// Whether it is the null stream, by any of its handles. The stream of each thread (2) is taken for it, which
+// orders more than CUDA does.
+inline bool is_legacy(const Stream* stream) { return reinterpret_cast<uintptr_t>(stream) <= 2; }
 
 int device_count();
 Device* device_at(int ordinal);
@@ -58,6 +66,9 @@ Status usable(const Stream* stream);
 
 // Prints `message` to stderr and marks the current context as failed. Returns `status`.
 Status fail(Status status, const char* format, ...) __attribute__((format(printf, 2, 3)));
+
+// The same for another context.
+Status fail(Context* context, Status status, const char* format, ...) __attribute__((format(printf, 3, 4)));
 
 // Counts a launch on the current device: past SOFTWARE_GPU_LOST_AFTER the device is lost.
 Status count_launch();

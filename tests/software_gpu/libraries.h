@@ -6,7 +6,7 @@
 
 #include "device.h"
 #include "matrices.h"
-#include "memory.h"
+#include "queues.h"
 
 namespace software_gpu {
 

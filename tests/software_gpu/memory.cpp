@@ -1,4 +1,4 @@
-#include "memory.h"
+#include "queues.h"
 
 #include <cstdio>
 #include <cstring>
@@ -16,10 +16,12 @@ struct Allocation {
     Device* device;  // null for pinned host memory
     char* mapping;   // null for host memory that was only registered
     size_t mapped;
+    uint64_t number;  // no other allocation has, or had, it
 };
 
 static std::mutex guard;
 static std::map<Address, Allocation> live;  // by address
+static uint64_t allocations = 0;
 
 static char* pointer(Address at) { return reinterpret_cast<char*>(at); }
 
@@ -45,7 +47,7 @@ static Status map(size_t bytes, Device* device, Address* at) {
     memset(first, POISON, body);
     *at = reinterpret_cast<Address>(first + body - (bytes + ALIGN - 1) / ALIGN * ALIGN);
     std::lock_guard<std::mutex> lock(guard);
-    live[*at] = Allocation{bytes, device, static_cast<char*>(mapping), mapped};
+    live[*at] = Allocation{bytes, device, static_cast<char*>(mapping), mapped, ++allocations};
     return CUDA_SUCCESS;
 }
 
@@ -104,6 +106,33 @@ bool is_kernel_pointer(const void* at) {
     return find(reinterpret_cast<Address>(at)) != live.end();
 }
 
+// Whether the allocation that `at` lies in, if there is one, has `bytes` from there.
+static bool has(std::map<Address, Allocation>::iterator found, const void* at, size_t bytes) {
+    return found != live.end() && bytes <= found->second.bytes - (reinterpret_cast<Address>(at) - found->first);
+}
+
+bool is_deferrable(void* to, const void* from, size_t bytes, bool upload, Copy* copy) {
+    const void *device = upload ? to : from, *host = upload ? from : to;
+    std::lock_guard<std::mutex> lock(guard);
+    auto there = find(reinterpret_cast<Address>(device)), here = find(reinterpret_cast<Address>(host));
+    if (bytes == 0 || !has(there, device, bytes) || !has(here, host, bytes)) return false;
+    if (there->second.device == nullptr || here->second.device != nullptr) return false;
+    *copy = {to, from, bytes, there->second.number, upload};
+    return true;
+}
+
+Status make(const Copy& copy, Context* context) {
+    std::lock_guard<std::mutex> lock(guard);
+    const void* device = copy.upload ? copy.to : copy.from;
+    auto found = find(reinterpret_cast<Address>(device));
+    if (found == live.end() || found->second.number != copy.allocation) {
+        return fail(context, CUDA_ERROR_ILLEGAL_ADDRESS, "a copy of %zu bytes %s device memory at %p: that memory was freed before the copy",
+                    copy.bytes, copy.upload ? "to" : "from", device);
+    }
+    memcpy(copy.to, copy.from, copy.bytes);
+    return CUDA_SUCCESS;
+}
+
 // Called when the process is about to die: takes no lock.
 bool describe(const void* at, char* text, size_t bytes) {
     Address address = reinterpret_cast<Address>(at);
@@ -126,6 +155,7 @@ API int cuMemAlloc_v2(Address* at, size_t bytes) {
 
 API int cuMemFree_v2(Address at) {
     if (Status status = usable()) return status;
+    if (Status status = finish(current_context())) return status;
     return release(at);
 }
 
@@ -139,7 +169,7 @@ API int cuMemAllocFromPoolAsync(Address* at, size_t bytes, Device*, Stream* stre
 }
 
 API int cuMemFreeAsync(Address at, Stream* stream) {
-    if (Status status = usable(stream)) return status;
+    if (Status status = submit(stream)) return status;
     return release(at);
 }
 
@@ -174,6 +204,7 @@ API int cuMemAllocHost_v2(void** at, size_t bytes) { return cuMemHostAlloc(at, b
 
 API int cuMemFreeHost(void* at) {
     if (Status status = usable()) return status;
+    finish_all();  // copies of this memory too
     return unmap(reinterpret_cast<Address>(at), true);
 }
 
@@ -181,12 +212,13 @@ API int cuMemHostRegister_v2(void* at, size_t bytes, unsigned) {
     if (Status status = usable()) return status;
     if (at == nullptr || bytes == 0) return CUDA_ERROR_INVALID_VALUE;
     std::lock_guard<std::mutex> lock(guard);
-    bool added = live.emplace(reinterpret_cast<Address>(at), Allocation{bytes, nullptr, nullptr, 0}).second;
+    bool added = live.emplace(reinterpret_cast<Address>(at), Allocation{bytes, nullptr, nullptr, 0, ++allocations}).second;
     return added ? CUDA_SUCCESS : CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED;
 }
 
 API int cuMemHostUnregister(void* at) {
     if (Status status = usable()) return status;
+    finish_all();
     std::lock_guard<std::mutex> lock(guard);
     auto found = live.find(reinterpret_cast<Address>(at));
     if (found == live.end() || found->second.mapping != nullptr) return CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED;

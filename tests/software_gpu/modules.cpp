@@ -7,7 +7,7 @@
 #include "block.h"
 #include "device.h"
 #include "kernels.h"
-#include "memory.h"
+#include "queues.h"
 
 namespace software_gpu {
 
@@ -130,7 +130,7 @@ static Status check_arguments(const Kernel& kernel, void** arguments) {
 
 API int cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
                        unsigned block_z, unsigned shared, Stream* stream, void** arguments, void** extra) {
-    if (Status status = usable(stream)) return status;
+    if (Status status = submit(stream)) return status;
     if (function == nullptr) return CUDA_ERROR_INVALID_HANDLE;
     if (extra != nullptr || (arguments == nullptr && function->kernel->parameter_count > 0)) return CUDA_ERROR_INVALID_VALUE;
     Index grid = {grid_x, grid_y, grid_z}, block = {block_x, block_y, block_z};

@@ -1,8 +1,9 @@
-// Copies and fills. Each is done when the call returns; every device range is checked.
+// Copies and fills. Each is done when the call returns, but for asynchronous copies of pinned memory; every
+// device range is checked.
 
 #include <cstring>
 
-#include "memory.h"
+#include "queues.h"
 
 namespace software_gpu {
 
@@ -16,29 +17,37 @@ static Status move(void* to, const void* from, size_t bytes) {
     return CUDA_SUCCESS;
 }
 
-API int cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t bytes, Stream* stream) {
+// A copy that may be put off is, unless the caller is to have it `now`.
+static Status copy(void* to, const void* from, size_t bytes, bool upload, const Stream* stream, bool now) {
     if (Status status = usable(stream)) return status;
-    return covers(to, bytes) ? move(pointer(to), from, bytes) : CUDA_ERROR_INVALID_VALUE;
+    if (!covers(reinterpret_cast<Address>(upload ? to : from), bytes)) return CUDA_ERROR_INVALID_VALUE;
+    Copy later{};
+    if (!now && is_deferrable(to, from, bytes, upload, &later)) return put_off(stream, later);
+    if (Status status = submit(stream)) return status;
+    return move(to, from, bytes);
+}
+
+API int cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t bytes, Stream* stream) {
+    return copy(pointer(to), from, bytes, true, stream, false);
 }
 
 API int cuMemcpyDtoHAsync_v2(void* to, Address from, size_t bytes, Stream* stream) {
-    if (Status status = usable(stream)) return status;
-    return covers(from, bytes) ? move(to, pointer(from), bytes) : CUDA_ERROR_INVALID_VALUE;
+    return copy(to, pointer(from), bytes, false, stream, false);
 }
 
 API int cuMemcpyDtoDAsync_v2(Address to, Address from, size_t bytes, Stream* stream) {
-    if (Status status = usable(stream)) return status;
+    if (Status status = submit(stream)) return status;
     if (!covers(to, bytes) || !covers(from, bytes)) return CUDA_ERROR_INVALID_VALUE;
     return move(pointer(to), pointer(from), bytes);
 }
 
-API int cuMemcpyHtoD_v2(Address to, const void* from, size_t bytes) { return cuMemcpyHtoDAsync_v2(to, from, bytes, nullptr); }
-API int cuMemcpyDtoH_v2(void* to, Address from, size_t bytes) { return cuMemcpyDtoHAsync_v2(to, from, bytes, nullptr); }
+API int cuMemcpyHtoD_v2(Address to, const void* from, size_t bytes) { return copy(pointer(to), from, bytes, true, nullptr, true); }
+API int cuMemcpyDtoH_v2(void* to, Address from, size_t bytes) { return copy(to, pointer(from), bytes, false, nullptr, true); }
 API int cuMemcpyDtoD_v2(Address to, Address from, size_t bytes) { return cuMemcpyDtoDAsync_v2(to, from, bytes, nullptr); }
 
 template <typename T>
 static Status fill(Address at, T value, size_t count, const Stream* stream) {
-    if (Status status = usable(stream)) return status;
+    if (Status status = submit(stream)) return status;
     if (at % sizeof(T) != 0 || count > SIZE_MAX / sizeof(T)) return CUDA_ERROR_INVALID_VALUE;
     if (!covers(at, count * sizeof(T))) return CUDA_ERROR_INVALID_VALUE;
     T* to = reinterpret_cast<T*>(at);

@@ -77,8 +77,10 @@ int scene_stray();
 int scene_lost();
 int scene_memory();
 int scene_none();
+int scene_freed_before_copy();
 
 void test_execution();
+void test_streams();
 void test_faults();
 void test_blas();
 void test_solver();

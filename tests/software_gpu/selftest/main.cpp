@@ -92,10 +92,12 @@ int main(int count, char** words) {
         {"stray", scene_stray},
         {"lost", scene_lost},
         {"memory", scene_memory},
-        {"none", scene_none}};
+        {"none", scene_none},
+        {"freed_before_copy", scene_freed_before_copy}};
     if (count > 3) return scenes.at(words[3])();
     open_device();
     test_execution();
+    test_streams();
     test_blas();
     test_solver();
     test_faults();
