@@ -49,15 +49,15 @@ pub(super) fn staged_values_arrive<B: Backend>(t: &Instance<B>) {
             let expected = bits(&values_of(dtype, &bytes));
             let values = StoredValues { dtype, bytes: &bytes };
             let staged = b.stage(values, rows, cols).unwrap();
-            // What was given may be gone by the time it is used; and another may come meanwhile.
+            // What was given may be gone by the time it is used, and another may come and go unused.
             let other = b.stage(StoredValues { dtype, bytes: &bytes }, rows, cols).unwrap();
             drop(bytes);
-            drop(other);
             for _ in 0..2 {
                 let matrix = b.receive(&staged).unwrap();
                 assert_eq!(b.shape(&matrix), (rows, cols));
                 assert_eq!(bits(&t.download(&matrix)), expected, "{dtype} {rows} x {cols}");
             }
+            drop(other);
         }
     }
     let refused =
