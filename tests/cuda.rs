@@ -181,18 +181,31 @@ fn perplexity_agrees_with_the_cpu() {
     }
 }
 
+/// Of the planned memory of a device, what is for code and workspaces of NVIDIA's libraries. The software
+/// device's need none.
+const LIBRARIES: u64 = 512 << 20;
+
 #[test]
-fn activations_that_do_not_fit_go_to_the_host() {
+fn what_is_planned_is_enough_and_activations_that_do_not_fit_go_to_the_host() {
     if real() {
         println!("skipped: the device's memory cannot be set");
         return;
     }
     let dir = Dir::new();
-    let (large, small) = (dir.join("large"), dir.join("small"));
-    gpu(&large, &SPARSEGPT).succeeds();
-    // The plan needs about 12 MB, and activations 8.
-    gpu(&small, &SPARSEGPT).env("SOFTWARE_GPU_MEMORY", "14000000").succeeds();
-    assert_same_files(&large, &small);
+    let args = [&SPARSEGPT[..], &TEXT, &["--samples", "16", "--seq-len", "64"]].concat();
+    let plan = Command::new("plan").arg(fixture("model")).args(&args).arg("--json");
+    let budget = &plan.succeeds().json()["budget"];
+    let planned = |name: &str| budget[name].as_u64().unwrap();
+    let run = |name: &str, bytes: u64| {
+        let out = dir.join(name);
+        let convert = on_gpu(convert(&fixture("model"), &out)).args(&args).args(GPU);
+        convert.env("SOFTWARE_GPU_MEMORY", bytes.to_string()).succeeds();
+        out
+    };
+    let (need, hidden) = (planned("device_bytes"), planned("hidden_bytes"));
+    let ample = run("ample", need + 2 * hidden);
+    assert_same_files(&ample, &run("some", need + hidden / 2));
+    assert_same_files(&ample, &run("none", need - LIBRARIES));
 }
 
 #[test]

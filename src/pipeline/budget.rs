@@ -25,6 +25,9 @@ const BATCHES_AT_ONCE: u64 = 2;
 /// a model too small to matter.
 const FIXED_BYTES: u64 = 128 << 20;
 
+/// Code and workspaces of NVIDIA's libraries, which only they know.
+const LIBRARY_BYTES: u64 = 512 << 20;
+
 /// Memory at the peak of a conversion, by purpose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct MemoryBudget {
@@ -87,17 +90,19 @@ impl MemoryBudget {
         let layer = layers.map(|layer| (layer.rows * layer.cols) as u64).max().unwrap_or(0);
         let stage = CapturePoint::ALL.map(|point| stage_weights(source.arch(), config, point));
         let stage = if loaded { stage.into_iter().max().unwrap_or(0) } else { 0 };
-        // The block in the layout for products, the layers of a point as they are solved, and one
-        // layer's copies: dense, pruned, rounded, and two for its error.
-        let device_weights = if loaded { 4 * (block_weights + stage + 5 * layer) } else { 0 };
-        let staged = if loaded { staged_bytes(source, blocks.len()) } else { 0 };
-        let behind_bytes = if loaded { behind_bytes(outputs, blocks.len()) } else { 0 };
-        // f32 Hessian and factor, one f64 matrix while factorising.
-        let device_bytes = device_weights
-            + 2 * staged
-            + behind_bytes
-            + features * features * (4 + 4 + 8)
-            + batch_bytes / BATCHES_AT_ONCE;
+        // The block as the source has it and in the layout for products, the next one as the source has it,
+        // results on their way out, and the layers of a point as they are solved.
+        let (device_weights, behind_bytes) = if loaded {
+            let behind = behind_bytes(outputs, blocks.len());
+            (2 * staged_bytes(source, blocks.len()) + 4 * (block_weights + stage) + behind, behind)
+        } else {
+            (0, 0)
+        };
+        // f32 Hessian and factor, and first one f64 matrix while factorising, then one layer's copies: dense,
+        // pruned, rounded, and two for its error.
+        let hessian = features * features;
+        let solving = hessian * (4 + 4) + (hessian * 8).max(4 * 5 * layer);
+        let device_bytes = device_weights + solving + batch_bytes / BATCHES_AT_ONCE + LIBRARY_BYTES;
         let parts = [hidden_bytes, block_bytes, statistics_bytes, batch_bytes, behind_bytes];
         Self { device_bytes, ..Self::of_parts(parts) }
     }
