@@ -66,9 +66,9 @@ pub enum Phase {
     Sweep,
     /// Measuring output errors.
     Error,
-    /// Encoding tensors.
+    /// Rounding to what is stored, and encoding tensors that are only copied.
     Encode,
-    /// Waiting for the writer.
+    /// Waiting for the writer, which encodes what was solved, hashes and writes beside the rest.
     Write,
 }
 
