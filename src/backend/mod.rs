@@ -26,10 +26,10 @@ pub use block_ops::{Activation, AttentionShape, BlockOps, RopeTables, SequenceLe
 pub use dense_ops::{Dense, DenseOps, Eigen};
 pub use error::{BackendError, Result};
 pub use grid::{Grid, Rounding, ScaleSearch, Scales};
-pub use pack_ops::{Fetch, PackOps};
+pub use pack_ops::PackOps;
 pub use solve_ops::{Selection, SolveOps, SweepRule};
 pub use stat_ops::StatOps;
-pub use storage::{HostData, HostMatrix, Storage, StoredValues};
+pub use storage::{Fetch, HostData, HostMatrix, Storage, StoredValues};
 
 /// Everything a conversion needs from a device.
 pub trait Backend: BlockOps + StatOps + SolveOps + DenseOps + PackOps {}

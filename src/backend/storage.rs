@@ -1,6 +1,6 @@
 //! Matrices on a device and their copies on the host.
 
-use std::fmt::Debug;
+use std::fmt::{self, Debug};
 
 use half::bf16;
 use sparsepack_formats::DType;
@@ -51,6 +51,45 @@ impl StoredValues<'_> {
     }
 }
 
+/// Values to be brought to the host by who waits for them, while the device goes on with other work. What they
+/// come from is held until then, or until this is dropped.
+pub struct Fetch<T>(Box<dyn FnOnce() -> Result<T> + Send>);
+
+impl<T: Send + 'static> Fetch<T> {
+    /// Values that `wait` brings.
+    pub(super) fn new(wait: impl FnOnce() -> Result<T> + Send + 'static) -> Self {
+        Self(Box::new(wait))
+    }
+
+    /// Values that are there.
+    pub(super) fn ready(values: T) -> Self {
+        Self::new(|| Ok(values))
+    }
+
+    /// The same in another form.
+    #[cfg(feature = "cuda")]
+    pub(super) fn map<R: Send + 'static>(
+        self,
+        form: impl FnOnce(T) -> R + Send + 'static,
+    ) -> Fetch<R> {
+        Fetch::new(|| self.wait().map(form))
+    }
+
+    /// The values, once they are there. May be called on another thread than the device's.
+    ///
+    /// # Errors
+    /// Device failure.
+    pub fn wait(self) -> Result<T> {
+        (self.0)()
+    }
+}
+
+impl<T> Debug for Fetch<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Fetch")
+    }
+}
+
 /// Memory of a device.
 pub trait Storage: Sized + Send + Sync {
     /// A row-major matrix on the device. Its element type is the backend's business: f32, or bf16
@@ -77,7 +116,13 @@ pub trait Storage: Sized + Send + Sync {
     /// Wrong length; a type that is not of weights; out of device memory.
     fn stage(&self, values: StoredValues<'_>, rows: usize, cols: usize) -> Result<Self::Staged>;
 
-    /// Staged values as f32, once they are there. They can be had more than once.
+    /// Begins to bring a matrix to the device as [`stage`](Self::stage) does, its element type unchanged.
+    ///
+    /// # Errors
+    /// Wrong length; out of device memory.
+    fn bring(&self, matrix: &HostMatrix) -> Result<Self::Staged>;
+
+    /// What was staged (as f32) or brought, once it is there. It can be had more than once.
     ///
     /// # Errors
     /// Out of device memory.
@@ -120,6 +165,14 @@ pub trait Storage: Sized + Send + Sync {
     /// # Errors
     /// Device failure.
     fn offload(&self, matrix: Self::Matrix) -> Result<HostMatrix>;
+
+    /// As [`offload`](Self::offload), beside the device's other work.
+    ///
+    /// # Errors
+    /// Device failure.
+    fn leave(&self, matrix: Self::Matrix) -> Result<Fetch<HostMatrix>> {
+        self.offload(matrix).map(Fetch::ready)
+    }
 
     /// Moves a matrix from host memory to the device with its element type unchanged.
     ///

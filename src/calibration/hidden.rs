@@ -8,7 +8,7 @@ use std::{fs::File, path::Path};
 
 use half::bf16;
 
-use crate::backend::{BackendError, HostData, HostMatrix, SequenceLens, Storage};
+use crate::backend::{BackendError, Fetch, HostData, HostMatrix, SequenceLens, Storage};
 
 /// A matrix between two passes.
 #[derive(Debug)]
@@ -17,6 +17,8 @@ pub enum Parked<B: Storage> {
     Device(B::Matrix),
     /// In host memory.
     Host(HostMatrix),
+    /// On its way to the device.
+    Coming(B::Staged),
 }
 
 impl<B: Storage> Parked<B> {
@@ -28,6 +30,7 @@ impl<B: Storage> Parked<B> {
         match self {
             Self::Device(matrix) => Ok(matrix),
             Self::Host(matrix) => b.onload(matrix),
+            Self::Coming(staged) => b.receive(&staged),
         }
     }
 
@@ -39,6 +42,7 @@ impl<B: Storage> Parked<B> {
         match self {
             Self::Device(matrix) => b.duplicate(matrix),
             Self::Host(matrix) => b.onload(matrix.clone()),
+            Self::Coming(staged) => b.receive(staged),
         }
     }
 
@@ -50,6 +54,7 @@ impl<B: Storage> Parked<B> {
         match self {
             Self::Device(matrix) => b.offload(matrix),
             Self::Host(matrix) => Ok(matrix),
+            Self::Coming(staged) => b.offload(b.receive(&staged)?),
         }
     }
 }
@@ -100,15 +105,33 @@ pub enum HiddenError {
 pub struct HiddenStates<B: Storage> {
     lens: Vec<SequenceLens>,
     slots: Vec<Option<Slot<B>>>,
-    /// Bytes of device memory that activations may still take.
-    room: u64,
+    /// Bytes of the device's own memory that activations may still take; `None` where its memory is the
+    /// host's.
+    room: Option<u64>,
     spill: Option<Spill>,
 }
 
 #[derive(Debug)]
 enum Slot<B: Storage> {
     Memory(Kept<B>),
+    Leaving { residual: Left<B>, input: Option<Left<B>> },
     Spilled { residual: Extent, input: Option<Extent> },
+}
+
+/// A matrix of a batch of which one is on its way to the host.
+#[derive(Debug)]
+enum Left<B: Storage> {
+    Parked(Parked<B>),
+    Leaving(Fetch<HostMatrix>),
+}
+
+impl<B: Storage> Left<B> {
+    fn settle(self) -> Result<Parked<B>, BackendError> {
+        match self {
+            Self::Parked(parked) => Ok(parked),
+            Self::Leaving(fetch) => fetch.wait().map(Parked::Host),
+        }
+    }
 }
 
 /// Where a matrix lies in the spill file.
@@ -131,8 +154,8 @@ struct Spill {
 
 impl<B: Storage> HiddenStates<B> {
     /// An empty store for batches with these sequence lengths, kept in memory: `room` bytes of them on
-    /// the device.
-    pub fn in_memory(lens: Vec<SequenceLens>, room: u64) -> Self {
+    /// the device, if it has memory of its own.
+    pub fn in_memory(lens: Vec<SequenceLens>, room: Option<u64>) -> Self {
         let slots = lens.iter().map(|_| None).collect();
         Self { lens, slots, room, spill: None }
     }
@@ -156,7 +179,7 @@ impl<B: Storage> HiddenStates<B> {
         let longest = lens.iter().map(SequenceLens::tokens).max().unwrap_or(0) as u64;
         let residual_bytes = longest * hidden as u64 * 4;
         let batch_bytes = residual_bytes + longest * widest_input as u64 * 4;
-        let mut store = Self::in_memory(lens, 0);
+        let mut store = Self::in_memory(lens, None);
         store.spill = Some(Spill { dir: dir.to_owned(), file, residual_bytes, batch_bytes });
         Ok(store)
     }
@@ -181,10 +204,12 @@ impl<B: Storage> HiddenStates<B> {
     /// # Errors
     /// The spill file cannot be read; the batch is not there.
     pub fn take(&mut self, batch: usize) -> Result<Kept<B>, HiddenError> {
+        self.settle(batch)?;
         match (self.slots[batch].take(), &self.spill) {
             (Some(Slot::Memory(kept)), _) => {
                 let parked = std::iter::once(&kept.residual).chain(&kept.input);
-                self.room += parked.map(device_bytes).sum::<u64>();
+                let given_back: u64 = parked.map(device_bytes).sum();
+                self.room = self.room.map(|room| room + given_back);
                 Ok(kept)
             }
             (Some(Slot::Spilled { residual, input }), Some(spill)) => Ok(Kept {
@@ -200,30 +225,76 @@ impl<B: Storage> HiddenStates<B> {
     /// # Errors
     /// The spill file cannot be written; device failure.
     pub fn put(&mut self, b: &B, batch: usize, kept: Kept<B>) -> Result<(), HiddenError> {
-        let residual = self.place(b, kept.residual)?;
-        let input = kept.input.map(|input| self.place(b, input)).transpose()?;
         self.slots[batch] = Some(match &self.spill {
-            None => Slot::Memory(Kept { residual, input }),
+            None => {
+                let residual = self.place(b, kept.residual)?;
+                let input = kept.input.map(|input| self.place(b, input)).transpose()?;
+                Slot::Leaving { residual, input }
+            }
             Some(spill) => {
                 let start = batch as u64 * spill.batch_bytes;
-                let residual = spill.write(start, &residual.offload(b)?)?;
+                let residual = spill.write(start, &kept.residual.offload(b)?)?;
+                let input = kept.input.map(|input| input.offload(b)).transpose()?;
                 let input = input
-                    .map(|input| spill.write(start + spill.residual_bytes, &input.offload(b)?))
+                    .map(|input| spill.write(start + spill.residual_bytes, &input))
                     .transpose()?;
                 Slot::Spilled { residual, input }
             }
         });
+        if self.room.is_none() {
+            self.settle(batch)?;
+        }
         Ok(())
     }
 
-    /// Leaves a matrix on the device, or moves it to the host where it would take more than the room.
-    fn place(&mut self, b: &B, parked: Parked<B>) -> Result<Parked<B>, HiddenError> {
-        let bytes = device_bytes(&parked);
-        if bytes <= self.room {
-            self.room -= bytes;
-            return Ok(parked);
+    /// Moves batches while the device works on others: waits for those that are leaving, and begins to bring
+    /// `next`. To be called when the work is begun; else the device idles until [`take`](Self::take) has
+    /// done the same.
+    ///
+    /// # Errors
+    /// Device failure.
+    pub fn carry(&mut self, b: &B, next: &[usize]) -> Result<(), HiddenError> {
+        if self.room.is_none() {
+            return Ok(());
         }
-        Ok(Parked::Host(parked.offload(b)?))
+        for batch in 0..self.slots.len() {
+            self.settle(batch)?;
+        }
+        for &batch in next {
+            let Some(Slot::Memory(kept)) = &mut self.slots[batch] else { continue };
+            for parked in std::iter::once(&mut kept.residual).chain(&mut kept.input) {
+                if let Parked::Host(matrix) = parked {
+                    *parked = Parked::Coming(b.bring(matrix)?);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for a batch that is leaving the device.
+    fn settle(&mut self, batch: usize) -> Result<(), BackendError> {
+        let slot = &mut self.slots[batch];
+        *slot = match slot.take() {
+            Some(Slot::Leaving { residual, input }) => Some(Slot::Memory(Kept {
+                residual: residual.settle()?,
+                input: input.map(Left::settle).transpose()?,
+            })),
+            other => other,
+        };
+        Ok(())
+    }
+
+    /// Leaves a matrix on the device, or sends it to the host where it would take more than the room.
+    fn place(&mut self, b: &B, parked: Parked<B>) -> Result<Left<B>, HiddenError> {
+        let bytes = device_bytes(&parked);
+        if let Some(room) = self.room.filter(|room| bytes <= *room) {
+            self.room = Some(room - bytes);
+            return Ok(Left::Parked(parked));
+        }
+        Ok(match parked {
+            Parked::Device(matrix) => Left::Leaving(b.leave(matrix)?),
+            other => Left::Parked(Parked::Host(other.offload(b)?)),
+        })
     }
 }
 
@@ -231,7 +302,7 @@ impl<B: Storage> HiddenStates<B> {
 fn device_bytes<B: Storage>(parked: &Parked<B>) -> u64 {
     match parked {
         Parked::Device(matrix) => B::bytes(matrix),
-        Parked::Host(_) => 0,
+        Parked::Host(_) | Parked::Coming(_) => 0,
     }
 }
 
@@ -323,11 +394,16 @@ mod tests {
         let lens = vec![SequenceLens::new(vec![3]), SequenceLens::new(vec![2, 1])];
         let dir = tempfile::tempdir().unwrap();
         let spilled = HiddenStates::spilled(lens.clone(), dir.path(), 2, 4).unwrap();
-        for mut store in [HiddenStates::in_memory(lens, 0), spilled] {
+        for mut store in [
+            HiddenStates::in_memory(lens.clone(), None),
+            HiddenStates::in_memory(lens, Some(0)),
+            spilled,
+        ] {
             assert_eq!(store.sequences(), 3);
             for index in 0..2 {
                 store.put(b, index, batch(index as f32)).unwrap();
             }
+            store.carry(b, &[1]).unwrap();
             for index in [1, 0] {
                 assert_same(b, store.take(index).unwrap(), batch(index as f32));
                 let error = store.take(index).unwrap_err();
@@ -340,7 +416,7 @@ mod tests {
     fn what_fits_stays_on_the_device_and_gives_its_room_back() {
         let b = &Cpu::new(Precision::F32, Some(1)).unwrap();
         let lens = vec![SequenceLens::new(vec![3]); 2];
-        let mut store = HiddenStates::in_memory(lens, RESIDUAL as u64 + 8);
+        let mut store = HiddenStates::in_memory(lens, Some(RESIDUAL as u64 + 8));
         let on_device = || {
             let Kept { residual, input } = batch(1.0);
             let device = |parked: Parked<Cpu>| Parked::Device(parked.onload(b).unwrap());

@@ -56,7 +56,7 @@ impl BackendJob for PerplexityJob<'_> {
         let geometry = BlockGeometry::new(source.arch(), config, window);
         let lens = self.windows.iter().map(|ids| SequenceLens::new(vec![ids.len()])).collect();
         // On a device with memory of its own, blocks, the head and logits take the other half.
-        let room = b.free_memory()?.map_or(0, |free| free / 2);
+        let room = b.free_memory()?.map(|free| free / 2);
         let mut hidden = HiddenStates::in_memory(lens, room);
         for (index, ids) in self.windows.iter().enumerate() {
             let residual = HostMatrix {

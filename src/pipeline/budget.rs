@@ -102,7 +102,8 @@ impl MemoryBudget {
         // pruned, rounded, and two for its error.
         let hessian = features * features;
         let solving = hessian * (4 + 4) + (hessian * 8).max(4 * 5 * layer);
-        let device_bytes = device_weights + solving + batch_bytes / BATCHES_AT_ONCE + LIBRARY_BYTES;
+        // A batch is worked on while another leaves and the next one comes, which is less than this.
+        let device_bytes = device_weights + solving + batch_bytes + LIBRARY_BYTES;
         let parts = [hidden_bytes, block_bytes, statistics_bytes, batch_bytes, behind_bytes];
         Self { device_bytes, ..Self::of_parts(parts) }
     }

@@ -40,7 +40,7 @@ pub(super) fn store<B: Backend>(
     let lens = batch_lens(set);
     if limit.is_none_or(|limit| budget.peak_bytes <= limit) {
         let free = b.free_memory()?;
-        let room = free.map_or(0, |free| free.saturating_sub(budget.device_bytes));
+        let room = free.map(|free| free.saturating_sub(budget.device_bytes));
         return Ok(HiddenStates::in_memory(lens, room));
     }
     tracing::info!(

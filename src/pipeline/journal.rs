@@ -283,9 +283,12 @@ impl Journal {
             let downloaded;
             let values = match &kept.residual {
                 Parked::Host(HostMatrix { data: HostData::F32(values), .. }) => values,
-                Parked::Host(_) => continue,
                 Parked::Device(matrix) => {
                     downloaded = b.download(matrix)?;
+                    &downloaded
+                }
+                other => {
+                    downloaded = b.download(&other.copy(b)?)?;
                     &downloaded
                 }
             };

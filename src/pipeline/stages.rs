@@ -227,7 +227,8 @@ impl<B: Backend> StageContext<'_, B> {
     ) -> Result<()> {
         let b = self.backend;
         let batches: Vec<usize> = (0..hidden.batches()).collect();
-        for group in batches.chunks(b.lanes()) {
+        let mut groups = batches.chunks(b.lanes()).peekable();
+        while let Some(group) = groups.next() {
             let taken = group
                 .iter()
                 .map(|&batch| Ok((hidden.lens(batch).clone(), hidden.take(batch)?)))
@@ -235,6 +236,7 @@ impl<B: Backend> StageContext<'_, B> {
             let start = Instant::now();
             let arrived = b.at_once(taken, |(lens, at)| self.advance(block, span, &lens, at));
             let arrived = arrived.into_iter().collect::<Result<Vec<_>>>()?;
+            hidden.carry(b, groups.peek().unwrap_or(&&[][..]))?;
             let tokens = group.iter().map(|&batch| hidden.lens(batch));
             let flops = tokens
                 .map(|lens| forward_flops(self.arch, self.config, span.first(), span.end(), lens))

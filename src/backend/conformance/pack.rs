@@ -74,6 +74,26 @@ pub(super) fn large_matrices_come_and_go<B: Backend>(t: &Instance<B>) {
         matrix = t.backend.onload(t.backend.offload(matrix).unwrap()).unwrap();
     }
     assert!(t.download(&matrix) == values);
+    let halves = values.iter().map(|value| half::bf16::from_f32(*value)).collect();
+    for (rows, data) in [
+        (2100, HostData::F32(values)),
+        (2100, HostData::Bf16(halves)),
+        (1, HostData::Bf16(vec![half::bf16::ONE; 2100])),
+        (0, HostData::F32(Vec::new())),
+    ] {
+        let host = HostMatrix { rows, cols, data };
+        let coming = t.backend.bring(&host).unwrap();
+        let unused = t.backend.bring(&host).unwrap();
+        // What leaves is what it was then, whatever becomes of its memory.
+        let left = t.backend.leave(t.backend.receive(&coming).unwrap()).unwrap();
+        let again = t.backend.leave(t.backend.receive(&coming).unwrap()).unwrap();
+        drop(coming);
+        let other = t.backend.zeros(rows, cols).unwrap();
+        assert!(left.wait().unwrap() == host && again.wait().unwrap() == host);
+        drop((unused, other));
+    }
+    let wrong = HostMatrix { rows: 2, cols: 2, data: HostData::F32(vec![0.0; 3]) };
+    assert!(t.backend.bring(&wrong).is_err());
 }
 
 pub(super) fn stored_types_round_to_nearest<B: Backend>(t: &Instance<B>) {

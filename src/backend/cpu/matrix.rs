@@ -176,6 +176,10 @@ impl Storage for Cpu {
         Ok(CpuMatrix::from_f32(rows, cols, data))
     }
 
+    fn bring(&self, matrix: &HostMatrix) -> Result<CpuMatrix> {
+        self.onload(matrix.clone())
+    }
+
     fn receive(&self, staged: &CpuMatrix) -> Result<CpuMatrix> {
         self.duplicate(staged)
     }

@@ -305,11 +305,11 @@ impl SolveOps for Cpu {
 }
 
 impl PackOps for Cpu {
-    fn store(&self, w: &mut CpuMatrix, dtype: DType) -> Result<Fetch> {
+    fn store(&self, w: &mut CpuMatrix, dtype: DType) -> Result<Fetch<Vec<u8>>> {
         pack::store(w, dtype)
     }
 
-    fn pack_24(&self, w: &mut CpuMatrix, dtype: DType) -> Result<Option<[Fetch; 2]>> {
+    fn pack_24(&self, w: &mut CpuMatrix, dtype: DType) -> Result<Option<[Fetch<Vec<u8>>; 2]>> {
         pack::pack_24(w, dtype)
     }
 }

@@ -24,12 +24,12 @@ pub(super) fn decode(values: StoredValues<'_>, cols: usize, out: &mut [f32]) {
 }
 
 /// Rounds the values of `w` to what `dtype` holds.
-pub(super) fn store(w: &mut CpuMatrix, dtype: DType) -> Result<Fetch> {
+pub(super) fn store(w: &mut CpuMatrix, dtype: DType) -> Result<Fetch<Vec<u8>>> {
     rounded(w, dtype).map(Fetch::ready)
 }
 
 /// As [`store`], in the 2:4 packing.
-pub(super) fn pack_24(w: &mut CpuMatrix, dtype: DType) -> Result<Option<[Fetch; 2]>> {
+pub(super) fn pack_24(w: &mut CpuMatrix, dtype: DType) -> Result<Option<[Fetch<Vec<u8>>; 2]>> {
     let (rows, cols) = (w.rows, w.cols);
     if !cols.is_multiple_of(4) {
         return Err(shape_error("pack_24", format!("{cols} columns, not whole groups of 4")));

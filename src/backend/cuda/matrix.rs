@@ -8,7 +8,7 @@ use super::{
     pack,
 };
 pub(super) use crate::backend::error::shape_error;
-use crate::backend::{HostData, HostMatrix, Result, Storage, StoredValues};
+use crate::backend::{Fetch, HostData, HostMatrix, Result, Storage, StoredValues};
 
 /// Threads of a block of the element-wise kernels.
 pub(super) const THREADS: usize = 256;
@@ -211,6 +211,10 @@ impl Storage for Cuda {
         pack::stage(self, values, rows, cols)
     }
 
+    fn bring(&self, matrix: &HostMatrix) -> Result<CudaStaged> {
+        pack::bring(self, matrix)
+    }
+
     fn receive(&self, staged: &CudaStaged) -> Result<CudaMatrix> {
         pack::receive(self, staged)
     }
@@ -261,6 +265,21 @@ impl Storage for Cuda {
             }
         };
         Ok(HostMatrix { rows, cols, data })
+    }
+
+    fn leave(&self, matrix: CudaMatrix) -> Result<Fetch<HostMatrix>> {
+        const OPERATION: &str = "offload";
+        let (rows, cols, len) = (matrix.rows, matrix.cols, matrix.len());
+        Ok(match matrix.values {
+            Values::F32(values) => self
+                .gpu
+                .fetch(values, len, OPERATION)?
+                .map(move |values| HostMatrix { rows, cols, data: HostData::F32(values) }),
+            Values::Bf16(values) => self
+                .gpu
+                .fetch(values, len, OPERATION)?
+                .map(move |values| HostMatrix { rows, cols, data: HostData::Bf16(values) }),
+        })
     }
 
     fn onload(&self, HostMatrix { rows, cols, data }: HostMatrix) -> Result<CudaMatrix> {

@@ -301,11 +301,11 @@ impl SolveOps for Cuda {
 }
 
 impl PackOps for Cuda {
-    fn store(&self, w: &mut CudaMatrix, dtype: DType) -> Result<Fetch> {
+    fn store(&self, w: &mut CudaMatrix, dtype: DType) -> Result<Fetch<Vec<u8>>> {
         pack::store(self, w, dtype)
     }
 
-    fn pack_24(&self, w: &mut CudaMatrix, dtype: DType) -> Result<Option<[Fetch; 2]>> {
+    fn pack_24(&self, w: &mut CudaMatrix, dtype: DType) -> Result<Option<[Fetch<Vec<u8>>; 2]>> {
         pack::pack_24(self, w, dtype)
     }
 }

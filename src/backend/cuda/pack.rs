@@ -1,6 +1,7 @@
 //! Weights as files have them: on their way to the device, rounded to what is stored, packed, and on their
 //! way back.
 
+use half::bf16;
 use sparsepack_formats::{DType, encoding::dense};
 
 use super::{
@@ -9,7 +10,7 @@ use super::{
     matrix::{by_column, each, shape_error},
 };
 use crate::backend::{
-    Fetch, PackOps, Result, Storage, StoredValues,
+    Fetch, HostData, HostMatrix, PackOps, Result, Storage, StoredValues,
     cpu::{CpuMatrix, too_large},
 };
 
@@ -30,6 +31,8 @@ pub struct CudaStaged {
 enum StagedValues {
     Half(Arriving<u16>, u32),
     Single(Arriving<f32>),
+    /// Stays as it is.
+    Product(Arriving<bf16>),
     /// Nothing to send.
     None,
 }
@@ -73,13 +76,38 @@ pub(super) fn stage(
     Ok(CudaStaged { rows, cols, values })
 }
 
-/// Staged values as f32.
+/// Begins to bring a matrix to the device, its element type unchanged.
+pub(super) fn bring(cuda: &Cuda, matrix: &HostMatrix) -> Result<CudaStaged> {
+    const OPERATION: &str = "bring";
+    let &HostMatrix { rows, cols, ref data } = matrix;
+    let dtype = match data {
+        HostData::F32(_) => DType::F32,
+        HostData::Bf16(_) => DType::Bf16,
+    };
+    let bytes: &[u8] = match data {
+        HostData::F32(values) => bytemuck::cast_slice(values),
+        HostData::Bf16(values) => bytemuck::cast_slice(values),
+    };
+    StoredValues { dtype, bytes }.check(OPERATION, rows, cols)?;
+    let values = match data {
+        _ if bytes.is_empty() => StagedValues::None,
+        HostData::F32(_) => StagedValues::Single(cuda.gpu.send(bytes, OPERATION)?),
+        HostData::Bf16(_) => StagedValues::Product(cuda.gpu.send(bytes, OPERATION)?),
+    };
+    Ok(CudaStaged { rows, cols, values })
+}
+
+/// What was staged, as f32, or brought.
 pub(super) fn receive(cuda: &Cuda, staged: &CudaStaged) -> Result<CudaMatrix> {
     const OPERATION: &str = "widen_stored";
     let gpu = &cuda.gpu;
     let &CudaStaged { rows, cols, ref values } = staged;
     let values = match values {
         StagedValues::None => return cuda.zeros(rows, cols),
+        StagedValues::Product(values) => {
+            let values = gpu.duplicate(gpu.arrived(values, OPERATION)?, OPERATION)?;
+            return Ok(CudaMatrix::bf16(rows, cols, values));
+        }
         StagedValues::Single(values) => {
             gpu.duplicate(gpu.arrived(values, OPERATION)?, OPERATION)?
         }
@@ -96,7 +124,7 @@ pub(super) fn receive(cuda: &Cuda, staged: &CudaStaged) -> Result<CudaMatrix> {
 }
 
 /// Rounds the values of `w` to what `dtype` holds.
-pub(super) fn store(cuda: &Cuda, w: &mut CudaMatrix, dtype: DType) -> Result<Fetch> {
+pub(super) fn store(cuda: &Cuda, w: &mut CudaMatrix, dtype: DType) -> Result<Fetch<Vec<u8>>> {
     const OPERATION: &str = "store";
     if w.len() == 0 {
         return Ok(Fetch::ready(Vec::new()));
@@ -109,7 +137,11 @@ pub(super) fn store(cuda: &Cuda, w: &mut CudaMatrix, dtype: DType) -> Result<Fet
 }
 
 /// As [`store`], in the 2:4 packing.
-pub(super) fn pack_24(cuda: &Cuda, w: &mut CudaMatrix, dtype: DType) -> Result<Option<[Fetch; 2]>> {
+pub(super) fn pack_24(
+    cuda: &Cuda,
+    w: &mut CudaMatrix,
+    dtype: DType,
+) -> Result<Option<[Fetch<Vec<u8>>; 2]>> {
     const OPERATION: &str = "pack_24";
     let (rows, cols) = (w.rows, w.cols);
     if !cols.is_multiple_of(4) {
@@ -132,7 +164,7 @@ fn packed<T: Bytes + Named>(
     dense: &Memory<T>,
     rows: usize,
     cols: usize,
-) -> Result<Option<[Fetch; 2]>> {
+) -> Result<Option<[Fetch<Vec<u8>>; 2]>> {
     let gpu = &cuda.gpu;
     let width = cols.div_ceil(8);
     let mut values = gpu.allocate::<T>(rows * cols / 2, kernel)?;

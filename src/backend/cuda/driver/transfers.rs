@@ -279,23 +279,24 @@ impl Gpu {
         Ok(&arriving.memory)
     }
 
-    /// Begins to bring the first `len` values to the host, once all is done that was begun before.
-    pub(in super::super) fn fetch<T: Bytes>(
+    /// The first `len` values, as they are once all is done that was begun before, to be brought beside what
+    /// is begun later. On the host they are of type `H`, perhaps bytes.
+    pub(in super::super) fn fetch<T: Bytes, H: Bytes + Send>(
         &self,
         memory: Memory<T>,
         len: usize,
         operation: &'static str,
-    ) -> Result<Fetch> {
+    ) -> Result<Fetch<Vec<H>>> {
         let written = self.stream.record_event(None).map_err(self.failed(operation))?;
         let (transfers, device) = (self.transfers.clone(), self.describe());
         Ok(Fetch::new(move || {
-            let mut bytes = vec![0; len * size_of::<T>()];
+            let mut values = vec![H::default(); len * size_of::<T>() / size_of::<H>()];
+            let bytes = bytemuck::cast_slice_mut(&mut values);
             let (from, _) = memory.device_ptr(memory.stream());
             let waited = transfers.down.wait(&written);
-            let fetched =
-                waited.and_then(|()| transfers.copy_out(&transfers.down, from, &mut bytes));
+            let fetched = waited.and_then(|()| transfers.copy_out(&transfers.down, from, bytes));
             fetched.map_err(|error| failure(device, operation, &error))?;
-            Ok(bytes)
+            Ok(values)
         }))
     }
 }
