@@ -248,7 +248,7 @@ impl<B: Storage> HiddenStates<B> {
     }
 
     /// Moves batches while the device works on others: waits for those that are leaving, and begins to bring
-    /// `next`. To be called when the work is begun; else the device idles until [`take`](Self::take) has
+    /// `next`, those that there are. To be called when the work is begun; else the device idles until [`take`](Self::take) has
     /// done the same.
     ///
     /// # Errors
@@ -261,7 +261,7 @@ impl<B: Storage> HiddenStates<B> {
             self.settle(batch)?;
         }
         for &batch in next {
-            let Some(Slot::Memory(kept)) = &mut self.slots[batch] else { continue };
+            let Some(Some(Slot::Memory(kept))) = self.slots.get_mut(batch) else { continue };
             for parked in std::iter::once(&mut kept.residual).chain(&mut kept.input) {
                 if let Parked::Host(matrix) = parked {
                     *parked = Parked::Coming(b.bring(matrix)?);

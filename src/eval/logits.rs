@@ -62,7 +62,7 @@ pub fn logits<B: Backend>(b: &B, source: &ModelSource, ids: &[u32]) -> Result<Ve
     let lens = SequenceLens::new(vec![ids.len()]);
     let mut residual = b.upload(&embed(source, ids)?, ids.len(), config.hidden_size)?;
     for index in 0..config.num_hidden_layers {
-        let block = LoadedBlock::runnable(b, source, index)?;
+        let block = LoadedBlock::load(b, source, index)?.into_runnable(b)?;
         let ignore = |_, _: &B::Matrix| Ok(());
         residual = block.forward::<PipelineError>(b, &geometry, residual, &lens, ignore)?;
     }

@@ -9,7 +9,7 @@ use crate::{
     backend::{Backend, BackendJob, HostData, HostMatrix, SequenceLens},
     calibration::{HiddenStates, Kept, Parked},
     model::{BlockGeometry, ModelSource, embed},
-    pipeline::{LoadedBlock, PipelineError, Progress, Result},
+    pipeline::{LoadedBlock, PipelineError, Progress, Result, read_beside},
 };
 
 /// Rows of logits computed at a time: `tokens × vocabulary` f32 is the largest matrix of an
@@ -57,6 +57,7 @@ impl BackendJob for PerplexityJob<'_> {
         let lens = self.windows.iter().map(|ids| SequenceLens::new(vec![ids.len()])).collect();
         // On a device with memory of its own, blocks, the head and logits take the other half.
         let room = b.free_memory()?.map(|free| free / 2);
+        let reads_ahead = room.is_some();
         let mut hidden = HiddenStates::in_memory(lens, room);
         for (index, ids) in self.windows.iter().enumerate() {
             let residual = HostMatrix {
@@ -68,18 +69,32 @@ impl BackendJob for PerplexityJob<'_> {
             hidden.put(b, index, Kept { residual, input: None })?;
         }
         self.progress.start((config.num_hidden_layers as u64 + 1) * self.windows.len() as u64);
-        for block in 0..config.num_hidden_layers {
+        let blocks = config.num_hidden_layers;
+        let mut ahead = None;
+        for block in 0..blocks {
             source.prefetch(block + 1);
-            let running = LoadedBlock::runnable(b, source, block)?;
-            for index in 0..hidden.batches() {
-                let lens = hidden.lens(index).clone();
-                let residual = hidden.take(index)?.residual.onload(b)?;
-                let residual =
-                    running
-                        .forward::<PipelineError>(b, &geometry, residual, &lens, |_, _| Ok(()))?;
-                hidden.put(b, index, Kept { residual: Parked::Device(residual), input: None })?;
-                self.progress.advance(1);
-            }
+            let loaded = match ahead.take() {
+                Some(loaded) => loaded,
+                None => LoadedBlock::load(b, source, block)?,
+            };
+            let running = loaded.into_runnable(b)?;
+            let next = (reads_ahead && block + 1 < blocks).then_some(block + 1);
+            let (ran, read) = read_beside(b, source, next, || -> Result<()> {
+                for index in 0..hidden.batches() {
+                    let lens = hidden.lens(index).clone();
+                    let residual = hidden.take(index)?.residual.onload(b)?;
+                    let observe = |_, _: &B::Matrix| Ok(());
+                    let residual =
+                        running.forward::<PipelineError>(b, &geometry, residual, &lens, observe)?;
+                    let residual = Parked::Device(residual);
+                    hidden.put(b, index, Kept { residual, input: None })?;
+                    hidden.carry(b, &[index + 1])?;
+                    self.progress.advance(1);
+                }
+                Ok(())
+            });
+            ran?;
+            ahead = read?;
             source.release(block);
         }
         let nll = self.negative_log_likelihood(b, hidden)?;

@@ -84,14 +84,13 @@ impl<B: Backend> LoadedBlock<B> {
         Ok(Self { block, linears })
     }
 
-    /// Reads block `index`, ready to run.
+    /// The block ready to run, and nothing else.
     ///
     /// # Errors
-    /// As [`load`](Self::load).
-    pub fn runnable(b: &B, source: &ModelSource, index: usize) -> Result<Block<B>> {
-        let mut loaded = Self::load(b, source, index)?;
-        loaded.install_all(b)?;
-        Ok(loaded.block)
+    /// Device failure.
+    pub fn into_runnable(mut self, b: &B) -> Result<Block<B>> {
+        self.install_all(b)?;
+        Ok(self.block)
     }
 
     /// The linears that share the input at `point`.
@@ -189,8 +188,11 @@ fn stage<B: Backend>(
     Ok(b.stage(StoredValues { dtype: DType::F32, bytes }, rows, cols)?)
 }
 
-/// Does `work` while block `next`, if any, is read.
-pub(super) fn read_beside<B: Backend, R>(
+/// Does `work` while block `next`, if any, is read on another thread.
+///
+/// # Errors
+/// As [`LoadedBlock::load`].
+pub fn read_beside<B: Backend, R>(
     b: &B,
     source: &ModelSource,
     next: Option<usize>,
