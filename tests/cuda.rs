@@ -12,7 +12,8 @@ use std::{
 use safetensors::SafeTensors;
 
 use crate::harness::{
-    Command, Dir, assert_resumes, assert_same_files, checkpoints, convert, fixture, kill_when, root,
+    Command, Dir, KERNEL_CACHE, Ran, assert_resumes, assert_same_files, checkpoints, convert,
+    files, fixture, kill_when, root,
 };
 
 const TEXT: [&str; 2] = ["--calibration", "fixtures/text/calibration.txt"];
@@ -244,6 +245,68 @@ fn too_little_memory_is_named() {
     let dir = Dir::new();
     let ran = gpu(&dir.join("out"), &SPARSEGPT).env("SOFTWARE_GPU_MEMORY", "1000000").fails(1);
     ran.says(&["Software GPU", "bytes for", "of 1000000 bytes are free", "--device cpu"]);
+}
+
+/// The lines of a log that have `word`.
+fn logged<'a>(ran: &'a Ran, word: &str) -> Vec<&'a str> {
+    ran.stderr().lines().filter(|line| line.contains(word)).collect()
+}
+
+const COMPILED: &str = "DEBUG compiled ";
+
+#[test]
+fn kernels_are_compiled_once() {
+    let dir = Dir::new();
+    let cache = dir.join("cache");
+    let run = |out: &str| light(&dir.join(out)).arg("-v").env(KERNEL_CACHE, &cache).succeeds();
+    let first = run("first");
+    let kept = files(&cache);
+    let compiled = logged(&first, COMPILED);
+    assert!(compiled.len() > 5, "{}", first.story());
+    assert_eq!(compiled.len(), kept.len(), "{:?}", kept.keys());
+
+    let second = run("second");
+    assert_eq!(logged(&second, COMPILED), [""; 0]);
+    assert_eq!(logged(&second, "was compiled before").len(), compiled.len());
+    assert_same_files(&dir.join("first"), &dir.join("second"));
+
+    let damaged = cache.join(kept.keys().next().unwrap());
+    std::fs::write(&damaged, "not machine code").unwrap();
+    let third = run("third");
+    third.says(&["kernels are compiled again: it is damaged"]);
+    assert_eq!(logged(&third, COMPILED).len(), 1, "{}", third.story());
+    assert!(std::fs::metadata(&damaged).unwrap().len() > 32, "it is not replaced");
+}
+
+#[test]
+fn no_kernels_are_kept_if_that_is_off_or_where_others_may_write() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = Dir::new();
+    // What would be the user's cache.
+    let home = dir.join("home");
+    std::fs::create_dir(&home).unwrap();
+    let run = |out: &str, setting: &str| {
+        let run = light(&dir.join(out)).arg("-v").env(KERNEL_CACHE, setting);
+        run.env("HOME", &home).env("XDG_CACHE_HOME", home.join("xdg")).succeeds()
+    };
+    assert!(logged(&run("off", "off"), COMPILED).len() > 5);
+    assert_eq!(files(&home).len(), 0);
+
+    let exposed = dir.join("exposed");
+    std::fs::create_dir(&exposed).unwrap();
+    std::fs::set_permissions(&exposed, PermissionsExt::from_mode(0o777)).unwrap();
+    let ran = run("exposed-out", exposed.to_str().unwrap());
+    ran.says(&["WARN compiled kernels are not kept", "others may write to it; mode 777"]);
+    assert!(files(&exposed).is_empty() && files(&home).is_empty());
+
+    run("of-user", "");
+    let kept = files(&home);
+    assert!(kept.len() > 5, "{:?}", kept.keys());
+    assert!(
+        kept.keys().all(|name| name.starts_with("xdg/sparsepack/kernels/")),
+        "{:?}",
+        kept.keys()
+    );
 }
 
 #[test]

@@ -18,6 +18,9 @@ use sparsepack_formats::{DType, Encoding, SafetensorsWriter, ShardLayout};
 pub(crate) const CALIBRATION: [&str; 6] =
     ["--calibration", "fixtures/text/calibration.txt", "--samples", "4", "--seq-len", "64"];
 
+/// Names the directory that compiled kernels are kept in.
+pub(crate) const KERNEL_CACHE: &str = "SPARSEPACK_KERNEL_CACHE";
+
 /// A directory that goes away with the test.
 pub(crate) struct Dir(tempfile::TempDir);
 
@@ -119,6 +122,10 @@ impl Command {
         let mut command = std::process::Command::new(program());
         // Tests mean the CPU, also where there is a GPU, unless they say otherwise.
         command.arg(name).current_dir(root()).stdin(Stdio::null()).env("CUDA_VISIBLE_DEVICES", "");
+        // Nor do they touch the user's files; `.ci/gpu` names a directory for all of them.
+        if std::env::var_os(KERNEL_CACHE).is_none() {
+            command.env(KERNEL_CACHE, "off");
+        }
         Self(command)
     }
 

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -42,8 +43,11 @@ struct KernelFile {
 void register_file(KernelFile& file);
 KernelFile* first_file();
 
-// Stands at the start of an image, before the file's name.
+// Stands at the start of an image.
 constexpr const char* IMAGE_MAGIC = "software gpu module ";
+
+// What "compiling" a file for an architecture gives: its name, and a digest of its text.
+std::string image_of(const KernelFile& file, const std::string& architecture);
 
 template <auto kernel>
 struct Caller;

@@ -39,9 +39,8 @@ API int cuModuleLoadData(Module** module, const void* image) {
     const char* text = static_cast<const char*>(image);
     if (text == nullptr) return CUDA_ERROR_INVALID_VALUE;
     if (strncmp(text, IMAGE_MAGIC, strlen(IMAGE_MAGIC)) != 0) return CUDA_ERROR_INVALID_IMAGE;
-    std::string name = text + strlen(IMAGE_MAGIC);
     for (const KernelFile* file = files; file != nullptr; file = file->next) {
-        if (name == std::string(file->name) + " sm_90\n") return *module = new Module{file, nullptr}, CUDA_SUCCESS;
+        if (text == image_of(*file, "sm_90")) return *module = new Module{file, nullptr}, CUDA_SUCCESS;
     }
     return CUDA_ERROR_NO_BINARY_FOR_GPU;
 }

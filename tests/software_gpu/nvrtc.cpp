@@ -76,6 +76,15 @@ static const KernelFile* file_of(const std::string& program) {
     return found;
 }
 
+// FNV-1a, so that an image that was kept is not loaded by a library that was built from another text.
+std::string image_of(const KernelFile& file, const std::string& architecture) {
+    uint64_t digest = 0xCBF29CE484222325;
+    for (auto [at, end] : {std::pair{file.prelude, file.prelude_end}, std::pair{file.text, file.text_end}}) {
+        for (; at < end; at += 1) digest = (digest ^ static_cast<unsigned char>(*at)) * 0x100000001B3;
+    }
+    return IMAGE_MAGIC + std::string(file.name) + " " + architecture + " " + std::to_string(digest) + "\n";
+}
+
 API int nvrtcCompileProgram(Program* program, int count, const char* const* options) {
     if (program == nullptr) return NVRTC_ERROR_INVALID_PROGRAM;
     std::string architecture = "compute_75";
@@ -99,7 +108,7 @@ API int nvrtcCompileProgram(Program* program, int count, const char* const* opti
     program->binary = architecture.rfind("sm_", 0) == 0;
     // Code for an older compute_* runs on a newer device; code for an sm_* on that one only.
     std::string target = program->binary ? architecture : "sm_90";
-    program->image = IMAGE_MAGIC + std::string(file->name) + " " + target + "\n";
+    program->image = image_of(*file, target);
     return NVRTC_SUCCESS;
 }
 

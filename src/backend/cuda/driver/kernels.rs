@@ -1,9 +1,9 @@
-//! Kernels: their text, compiled for the device when first launched, and launches that are checked
-//! against the parameters in the text.
+//! Kernels: their text, loaded when first launched, and launches that are checked against the parameters
+//! in the text.
 
 use std::{
     collections::{HashMap, hash_map::Entry},
-    ffi::{CString, c_char, c_void},
+    ffi::c_void,
     marker::PhantomData,
     sync::{Arc, Mutex, PoisonError},
 };
@@ -17,10 +17,8 @@ use cudarc::{
 };
 use half::bf16;
 
-use super::{Gpu, Memory};
+use super::{Gpu, Memory, compile::Compiler};
 use crate::backend::{BackendError, Result};
-
-const PRELUDE: &str = include_str!("../kernels/prelude.cuh");
 
 /// Dynamic shared memory that a launch may have without asking.
 const PLAIN_SHARED: usize = 48 << 10;
@@ -34,11 +32,11 @@ macro_rules! kernel_files {
         }
 
         impl KernelFile {
-            fn name(self) -> &'static str {
+            pub(super) fn name(self) -> &'static str {
                 match self { $(Self::$variant => $file,)* }
             }
 
-            fn text(self) -> &'static str {
+            pub(super) fn text(self) -> &'static str {
                 match self { $(Self::$variant => include_str!(concat!("../kernels/", $file)),)* }
             }
         }
@@ -190,10 +188,10 @@ pub(in super::super) struct Geometry {
     pub(in super::super) shared: usize,
 }
 
-/// The files that were compiled so far, and their kernels that were launched.
+/// The files that were loaded so far, and their kernels that were launched.
 #[derive(Debug)]
 pub(super) struct Kernels {
-    arch: (i32, i32),
+    compiler: Compiler,
     loaded: Mutex<HashMap<(KernelFile, Option<u32>), Module>>,
 }
 
@@ -211,7 +209,7 @@ struct Kernel {
 
 impl Kernels {
     pub(super) fn new(arch: (i32, i32)) -> Self {
-        Self { arch, loaded: Mutex::default() }
+        Self { compiler: Compiler::new(arch), loaded: Mutex::default() }
     }
 }
 
@@ -263,14 +261,14 @@ impl Gpu {
         launched.map_err(self.failed(name))
     }
 
-    /// Finds a kernel, compiling its file first where that has not been done.
+    /// Finds a kernel, loading its file first where that has not been done.
     fn kernel(&self, file: KernelFile, name: &'static str) -> Result<Arc<Kernel>> {
         let mut loaded = self.kernels.loaded.lock().unwrap_or_else(PoisonError::into_inner);
         let instance = instance(name);
         let module = match loaded.entry((file, instance)) {
             Entry::Occupied(found) => found.into_mut(),
             Entry::Vacant(new) => {
-                let image = compile(file, instance, self.kernels.arch)?;
+                let image = self.kernels.compiler.code(file, instance)?;
                 let module = self.context.load_module(nvrtc::Ptx::from_binary(image));
                 let module = module.map_err(self.failed(file.name()))?;
                 new.insert(Module { module, kernels: HashMap::new() })
@@ -341,40 +339,4 @@ fn kind(parameter: &str) -> Option<Kind> {
 /// that is launched is compiled.
 fn instance(name: &str) -> Option<u32> {
     name.rsplit_once('_')?.1.parse().ok()
-}
-
-/// Compiles a file of kernels, or one instance of them, for an architecture.
-///
-/// The result is machine code for just this one, since PTX of a newer compiler than the driver's would
-/// be refused.
-fn compile(file: KernelFile, instance: Option<u32>, (major, minor): (i32, i32)) -> Result<Vec<u8>> {
-    let failed = |log: String| BackendError::Kernels { file: file.name(), log };
-    let text = CString::new(format!("{PRELUDE}\n#line 1 \"{}\"\n{}", file.name(), file.text()))
-        .map_err(|error| failed(error.to_string()))?;
-    let name = CString::new(file.name()).map_err(|error| failed(error.to_string()))?;
-    let program = nvrtc::result::create_program(&text, Some(&name))
-        .map_err(|error| failed(format!("{error:?}")))?;
-    let mut options =
-        vec![format!("--gpu-architecture=sm_{major}{minor}"), "--std=c++17".to_owned()];
-    options.extend(instance.map(|instance| format!("-DINSTANCE={instance}")));
-    // SAFETY: the program was made above and is destroyed once, below, after the last use; the image
-    // has the size that the library asks for.
-    unsafe {
-        let compiled = nvrtc::result::compile_program(program, &options);
-        let outcome = compiled.and_then(|()| {
-            let mut size = 0;
-            nvrtc::sys::nvrtcGetCUBINSize(program, &raw mut size).result()?;
-            let mut image = vec![0u8; size];
-            nvrtc::sys::nvrtcGetCUBIN(program, image.as_mut_ptr().cast::<c_char>()).result()?;
-            Ok(image)
-        });
-        let outcome = outcome.map_err(|error| {
-            let log = nvrtc::result::get_program_log(program).unwrap_or_default();
-            let log: Vec<u8> = log.iter().map(|&byte| byte as u8).collect();
-            let log = String::from_utf8_lossy(&log).trim_end_matches('\0').trim().to_owned();
-            failed(format!("{error:?}\n{log}"))
-        });
-        nvrtc::result::destroy_program(program).map_err(|error| failed(format!("{error:?}")))?;
-        outcome
-    }
 }

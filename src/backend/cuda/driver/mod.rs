@@ -6,6 +6,8 @@
 //! which are column-major, see their transposes.
 
 mod blas;
+mod cache;
+mod compile;
 mod kernels;
 mod memory;
 mod present;
