@@ -12,8 +12,8 @@ use std::{
 use safetensors::SafeTensors;
 
 use crate::harness::{
-    Command, Dir, KERNEL_CACHE, Ran, assert_resumes, assert_same_files, checkpoints, convert,
-    files, fixture, kill_when, root,
+    Command, Dir, KERNEL_CACHE, Ran, Tensor, assert_resumes, assert_same_files, checkpoints,
+    convert, files, fixture, kill_when, noise, root, write_tensors,
 };
 
 const TEXT: [&str; 2] = ["--calibration", "fixtures/text/calibration.txt"];
@@ -307,6 +307,87 @@ fn no_kernels_are_kept_if_that_is_off_or_where_others_may_write() {
         "{:?}",
         kept.keys()
     );
+}
+
+/// A Llama of one block whose one head has `head_dim` columns, with the vocabulary of the fixture model.
+fn write_model(dir: &Path, head_dim: usize) {
+    const HIDDEN: usize = 128;
+    const MLP: usize = 128;
+    const VOCAB: usize = 1024;
+    let layer = |name: &str| format!("model.layers.0.{name}.weight");
+    let shapes = [
+        ("model.embed_tokens.weight".to_owned(), vec![VOCAB, HIDDEN]),
+        (layer("input_layernorm"), vec![HIDDEN]),
+        (layer("self_attn.q_proj"), vec![head_dim, HIDDEN]),
+        (layer("self_attn.k_proj"), vec![head_dim, HIDDEN]),
+        (layer("self_attn.v_proj"), vec![head_dim, HIDDEN]),
+        (layer("self_attn.o_proj"), vec![HIDDEN, head_dim]),
+        (layer("post_attention_layernorm"), vec![HIDDEN]),
+        (layer("mlp.gate_proj"), vec![MLP, HIDDEN]),
+        (layer("mlp.up_proj"), vec![MLP, HIDDEN]),
+        (layer("mlp.down_proj"), vec![HIDDEN, MLP]),
+        ("model.norm.weight".to_owned(), vec![HIDDEN]),
+    ];
+    let tensors = shapes.iter().zip(1..).map(|((name, shape), seed)| {
+        Tensor::f32(name, shape, &noise(seed, shape.iter().product()))
+    });
+    write_tensors(dir, &tensors.collect::<Vec<_>>());
+    let config = serde_json::json!({
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": MLP,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": head_dim,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": true,
+        "torch_dtype": "float32",
+    });
+    std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
+    std::fs::copy(fixture("model/tokenizer.json"), dir.join("tokenizer.json")).unwrap();
+}
+
+#[test]
+fn heads_that_are_too_wide_are_refused_at_the_start() {
+    let dir = Dir::new();
+    let (model, out) = (dir.join("model"), dir.join("out"));
+    write_model(&model, 512);
+    let too_wide =
+        "heads of 512 columns; the GPU's kernels have at most 256, --device cpu has no limit";
+    let calibration = ["--samples", "2", "--seq-len", "32"];
+    let convert = |args: &[&str]| {
+        let run = on_gpu(convert(&model, &out)).args(TEXT).args(calibration).args(args);
+        run.args(["-v", "--compute", "f32"])
+    };
+    let slice = ["--slice-width", "16", "--slice-multiple", "16"];
+    let fit = ["--target-bits", "4", "--format", "packed"];
+    for args in [SPARSEGPT.as_slice(), &slice, &fit] {
+        let ran = convert(args).args(GPU).fails(1);
+        ran.says(&[too_wide]);
+        // Nothing was launched, so no kernel was compiled.
+        assert_eq!(logged(&ran, COMPILED), [""; 0], "{}", ran.story());
+        assert!(
+            !out.exists() || files(&out).is_empty(),
+            "{args:?} leaves {:?}",
+            files(&out).keys()
+        );
+    }
+    let eval = Command::new("eval").arg(&model).args(["--text", "fixtures/text/heldout.txt"]);
+    let ran = on_gpu(eval.args(["-v", "--window", "32", "--max-windows", "2"])).args(GPU).fails(1);
+    ran.says(&[too_wide]);
+    assert_eq!(logged(&ran, COMPILED), [""; 0], "{}", ran.story());
+
+    // What runs no block takes any head, and so does the CPU.
+    let magnitude = ["--prune", "magnitude", "--sparsity", "50%"];
+    let ran = on_gpu(self::convert(&model, &dir.join("magnitude"))).args(magnitude).args(GPU);
+    ran.succeeds();
+    convert(&SPARSEGPT).args(["--device", "cpu"]).succeeds();
 }
 
 #[test]

@@ -161,6 +161,15 @@ pub trait BlockOps: Storage {
         lens: &SequenceLens,
     ) -> Result<()>;
 
+    /// Whether [`causal_attention`](Self::causal_attention) takes heads of this shape, for those who would
+    /// do other work first.
+    ///
+    /// # Errors
+    /// That of the attention itself, where the device has no way to compute it.
+    fn check_attention(&self, _shape: &AttentionShape) -> Result<()> {
+        Ok(())
+    }
+
     /// Causal softmax attention, each sequence by itself: `[tokens, qkv_cols] → [tokens, num_heads
     /// · head_dim]`. Never holds a tokens × tokens matrix for more than a block of queries.
     ///

@@ -257,6 +257,17 @@ fn attention_is_causal_softmax<B: Backend>(t: &Instance<B>) {
     }
 }
 
+fn attention_is_refused_before_it_runs<B: Backend>(t: &Instance<B>) {
+    let lens = SequenceLens::new(vec![1]);
+    for head_dim in [16, 256, 258, 512] {
+        let shape = AttentionShape { num_heads: 1, num_kv_heads: 1, head_dim, scale: 1.0 };
+        let qkv = t.backend.zeros(1, shape.qkv_cols()).unwrap();
+        let checked = t.backend.check_attention(&shape).map_err(|error| error.to_string());
+        let ran = t.backend.causal_attention(&qkv, &shape, &lens).map(|_| ());
+        assert_eq!(checked, ran.map_err(|error| error.to_string()), "{head_dim}");
+    }
+}
+
 /// Outputs, each with the attention-weighted mean magnitude of the values.
 fn naive_attention(qkv: &[f32], shape: &AttentionShape, lens: &SequenceLens) -> Vec<(f64, f64)> {
     let (cols, hd) = (shape.qkv_cols(), shape.head_dim);
@@ -1072,7 +1083,7 @@ macro_rules! every_operation {
         backend_tests! {
             $make, $instance, $arithmetic;
             matrices_round_trip, linear_is_x_wt, norms_normalise_rows,
-            rope_rotates_half_split_pairs, attention_is_causal_softmax,
+            rope_rotates_half_split_pairs, attention_is_causal_softmax, attention_is_refused_before_it_runs,
             activations_match_their_formulas, fused_linears_equal_their_parts, token_nll_is_log_sum_exp,
             gram_is_the_lower_triangle_of_xtx, cross_sums_are_atb, rows_are_scaled,
             column_statistics, diagonals_and_columns,

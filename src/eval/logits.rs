@@ -53,12 +53,12 @@ impl<B: Backend> LmHead<B> {
 /// time.
 ///
 /// # Errors
-/// Tokens outside the vocabulary or more of them than the model has positions; a tensor that
-/// cannot be read; device failure.
+/// Tokens outside the vocabulary or more of them than the model has positions; heads that the device does not
+/// take; a tensor that cannot be read; device failure.
 pub fn logits<B: Backend>(b: &B, source: &ModelSource, ids: &[u32]) -> Result<Vec<f32>> {
     let config = source.config();
     config.check_sequence(ids.len())?;
-    let geometry = BlockGeometry::new(source.arch(), config, ids.len());
+    let geometry = BlockGeometry::new(b, source.arch(), config, ids.len())?;
     let lens = SequenceLens::new(vec![ids.len()]);
     let mut residual = b.upload(&embed(source, ids)?, ids.len(), config.hidden_size)?;
     for index in 0..config.num_hidden_layers {

@@ -53,7 +53,7 @@ impl BackendJob for PerplexityJob<'_> {
     fn run<B: Backend>(self, b: &B) -> Self::Output {
         let (source, config) = (self.source, self.source.config());
         let window = self.windows.first().map_or(0, Vec::len);
-        let geometry = BlockGeometry::new(source.arch(), config, window);
+        let geometry = BlockGeometry::new(b, source.arch(), config, window)?;
         let lens = self.windows.iter().map(|ids| SequenceLens::new(vec![ids.len()])).collect();
         // On a device with memory of its own, blocks, the head and logits take the other half.
         let room = b.free_memory()?.map(|free| free / 2);

@@ -63,19 +63,31 @@ pub struct BlockGeometry {
 }
 
 impl BlockGeometry {
-    /// The geometry of a model for sequences of up to `positions` tokens.
-    pub fn new(arch: &Architecture, config: &ModelConfig, positions: usize) -> Self {
-        Self {
-            attention: AttentionShape {
-                num_heads: config.num_attention_heads,
-                num_kv_heads: config.num_key_value_heads,
-                head_dim: config.head_dim,
-                scale: 1.0 / (config.head_dim as f32).sqrt(),
-            },
+    /// The geometry of a model for sequences of up to `positions` tokens; of 0 where no block will run.
+    ///
+    /// # Errors
+    /// Heads that the device's attention does not take, unless no block will run.
+    pub fn new<B: Backend>(
+        b: &B,
+        arch: &Architecture,
+        config: &ModelConfig,
+        positions: usize,
+    ) -> Result<Self, BackendError> {
+        let attention = AttentionShape {
+            num_heads: config.num_attention_heads,
+            num_kv_heads: config.num_key_value_heads,
+            head_dim: config.head_dim,
+            scale: 1.0 / (config.head_dim as f32).sqrt(),
+        };
+        if positions > 0 {
+            b.check_attention(&attention)?;
+        }
+        Ok(Self {
+            attention,
             rope: config.rope_tables(positions),
             mlp: arch.mlp,
             activation: config.activation,
-        }
+        })
     }
 }
 

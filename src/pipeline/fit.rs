@@ -280,7 +280,7 @@ impl BackendJob for Measurement<'_> {
     fn run<B: Backend>(self, b: &B) -> Self::Output {
         let (arch, config) = (self.source.arch(), self.source.config());
         let (set, budget) = (self.calibration, &self.plans[0].budget);
-        let geometry = BlockGeometry::new(arch, config, entry::window_of(set));
+        let geometry = BlockGeometry::new(b, arch, config, entry::window_of(set))?;
         let directory = std::env::temp_dir();
         let mut hidden = entry::store(b, set, config, budget, self.memory_bytes, &directory)?;
         entry::embed_windows(b, self.source, set, &mut hidden)?;

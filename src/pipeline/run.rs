@@ -136,6 +136,8 @@ impl<'a, B: Backend> Run<'a, B> {
     /// Opens journal and writer, brings back what an interrupted run had, or starts afresh.
     fn start(b: &'a B, job: &'a Conversion<'a>) -> Result<(Self, usize)> {
         let plan = job.plan;
+        let positions = job.calibration.map_or(0, entry::window_of);
+        let geometry = BlockGeometry::new(b, job.source.arch(), job.source.config(), positions)?;
         let source = super::output::probe_source(job.source)?;
         let tokens = job.calibration.map(|set| set.digest);
         let identity = RunIdentity::new(plan, source, tokens, &b.describe())
@@ -159,11 +161,10 @@ impl<'a, B: Backend> Run<'a, B> {
             let journal = Journal::create(job.out, &identity, interval)?;
             (journal, Finished::default(), open_writer(false)?)
         };
-        let positions = job.calibration.map_or(0, entry::window_of);
         let mut run = Self {
             b,
             job,
-            geometry: BlockGeometry::new(job.source.arch(), job.source.config(), positions),
+            geometry,
             hidden: None,
             packer: Packer::start(writer, plan.budget.behind_bytes),
             journal,

@@ -27,7 +27,7 @@ fn open(model: &str) -> ModelSource {
 /// The residual stream before each block and after the last, then the logits.
 fn states<B: Backend>(b: &B, source: &ModelSource, ids: &[u32]) -> Vec<Vec<f32>> {
     let config = source.config();
-    let geometry = BlockGeometry::new(source.arch(), config, ids.len());
+    let geometry = BlockGeometry::new(b, source.arch(), config, ids.len()).unwrap();
     let lens = SequenceLens::new(vec![ids.len()]);
     let mut states = vec![embed(source, ids).unwrap()];
     let mut residual = b.upload(&states[0], ids.len(), config.hidden_size).unwrap();
@@ -118,7 +118,7 @@ fn a_block_in_stages_equals_the_whole() {
         let (source, ids) = (open(model), golden(model).ids("input_ids"));
         let b = Cpu::new(Precision::Auto, Some(1)).unwrap();
         let config = source.config();
-        let geometry = BlockGeometry::new(source.arch(), config, ids.len());
+        let geometry = BlockGeometry::new(&b, source.arch(), config, ids.len()).unwrap();
         // Two sequences in one batch.
         let lens = SequenceLens::new(vec![16, ids.len() - 16]);
         let mut loaded = LoadedBlock::load(&b, &source, 0).unwrap();

@@ -1,7 +1,7 @@
 //! Causal attention.
 
 use super::{
-    Cuda, CudaMatrix,
+    Cuda, CudaMatrix, Products,
     driver::{Geometry, KernelFile},
     matrix::{Values, shape_error},
 };
@@ -42,25 +42,38 @@ const F32: [Kernel; 8] = [
     kernel(256, "attention_f32_256", 32, 68_864),
 ];
 
+const OPERATION: &str = "causal_attention";
+
+/// File, kernel and threads of a block for heads of so many columns.
+fn choose(products: Products, head_dim: usize) -> Result<(KernelFile, &'static Kernel, u32)> {
+    let (file, kernels, threads) = match products {
+        Products::F32 => (KernelFile::AttentionF32, &F32, 256),
+        Products::Bf16 => (KernelFile::AttentionBf16, &BF16, 128),
+    };
+    if let Some(kernel) = kernels.iter().find(|kernel| head_dim <= kernel.dims) {
+        return Ok((file, kernel, threads));
+    }
+    let most = kernels.iter().map(|kernel| kernel.dims).max().unwrap_or(0);
+    let detail = format!(
+        "heads of {head_dim} columns; the GPU's kernels have at most {most}, --device cpu has no limit"
+    );
+    Err(shape_error(OPERATION, detail))
+}
+
+pub(super) fn check(cuda: &Cuda, shape: &AttentionShape) -> Result<()> {
+    choose(cuda.products, shape.head_dim).map(|_| ())
+}
+
 pub(super) fn causal_attention(
     cuda: &Cuda,
     qkv: &CudaMatrix,
     shape: &AttentionShape,
     lens: &SequenceLens,
 ) -> Result<CudaMatrix> {
-    const OPERATION: &str = "causal_attention";
     let (tokens, head_dim) = (lens.tokens(), shape.head_dim);
     qkv.expect_shape(OPERATION, tokens, shape.qkv_cols())?;
+    let (file, kernel, threads) = choose(cuda.products, head_dim)?;
     let mut out = cuda.product_operand(OPERATION, tokens, shape.num_heads * head_dim)?;
-    let (file, kernels, threads) = match &out.values {
-        Values::F32(_) => (KernelFile::AttentionF32, &F32, 256),
-        Values::Bf16(_) => (KernelFile::AttentionBf16, &BF16, 128),
-    };
-    let Some(kernel) = kernels.iter().find(|kernel| head_dim <= kernel.dims) else {
-        let most = kernels.iter().map(|kernel| kernel.dims).max().unwrap_or(0);
-        let detail = format!("heads of {head_dim} columns; the GPU's kernels have at most {most}");
-        return Err(shape_error(OPERATION, detail));
-    };
     let key = (lens.clone(), kernel.queries);
     let tiles =
         cuda.tiles.get(&key, || cuda.gpu.upload(&tiles(lens, kernel.queries), OPERATION))?;

@@ -178,6 +178,10 @@ impl BlockOps for Cuda {
         rope::rope(self, qkv, shape, tables, lens)
     }
 
+    fn check_attention(&self, shape: &AttentionShape) -> Result<()> {
+        attention::check(self, shape)
+    }
+
     fn causal_attention(
         &self,
         qkv: &CudaMatrix,

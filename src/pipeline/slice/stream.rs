@@ -77,14 +77,15 @@ impl<'a, B: Backend> Stream<'a, B> {
     /// The embeddings of every window.
     ///
     /// # Errors
-    /// Embeddings that cannot be read; the store of activations; device failure.
+    /// Heads that the device does not take; embeddings that cannot be read; the store of activations; device
+    /// failure.
     pub(super) fn enter(b: &'a B, job: &'a SliceJob<'a>, times: &mut PhaseTimes) -> Result<Self> {
         let (source, set) = (job.source, job.set);
         let (config, limit) = (source.config(), job.options.memory_bytes);
+        let geometry = BlockGeometry::new(b, source.arch(), config, entry::window_of(set))?;
         let directory = job.out.join(WORK_DIR);
         let mut hidden = entry::store(b, set, config, &job.slicing.budget, limit, &directory)?;
         times.time(Phase::Load, || entry::embed_windows(b, source, set, &mut hidden))?;
-        let geometry = BlockGeometry::new(source.arch(), config, entry::window_of(set));
         Ok(Self { b, job, geometry, hidden, counted: Counted::new(set, config), block: 0 })
     }
 
