@@ -55,6 +55,7 @@ fn cuda_device(index: &str) -> Option<Result<Device, String>> {
 }
 
 #[cfg(not(feature = "cuda"))]
+#[allow(clippy::unnecessary_wraps, reason = "the signature is that of the other build")]
 fn cuda_device(_: &str) -> Option<Result<Device, String>> {
     Some(Err("this build has no CUDA backend".to_owned()))
 }
