@@ -9,7 +9,7 @@ use std::{
     sync::OnceLock,
 };
 
-use safetensors::SafeTensors;
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 
 use crate::harness::{
     Command, Dir, KERNEL_CACHE, Ran, Tensor, assert_resumes, assert_same_files, checkpoints,
@@ -147,9 +147,11 @@ fn wanda_agrees_with_the_cpu() {
 
 #[test]
 fn rounding_agrees_with_the_cpu() {
-    let cases: [&[&str]; 3] = [
+    let minmax = ["--scales", "minmax", "--act-order=false"];
+    let cases: [&[&str]; 4] = [
         &["--quantize", "int4", "--group-size", "32"],
         &["--quantize", "int4", "--group-size", "32", "--act-order=false"],
+        &[&["--quantize", "int4", "--group-size", "64"][..], &minmax].concat(),
         &["--quantize", "int8", "--prune", "sparsegpt", "--sparsity", "2:4"],
     ];
     for case in cases {
@@ -159,6 +161,76 @@ fn rounding_agrees_with_the_cpu() {
         let (_, _, ratio) = both(&dir, &args);
         assert!((ratio - 1.0).abs() < 0.01, "{args:?}: {ratio}");
     }
+}
+
+/// The size of a dimension whose rows hold whole blocks of K types.
+fn wide(size: usize) -> usize {
+    match size {
+        384 => 512,
+        // The vocabulary.
+        1024 => 1024,
+        _ => 2 * size,
+    }
+}
+
+/// The fixture model with features, heads and MLP features of zeros, so that it computes the same: the mean
+/// square that a norm divides by is half of what it was, which gains and epsilon make up for.
+fn write_wide_model(dir: &Dir) -> PathBuf {
+    let bytes = std::fs::read(fixture("model/model.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let widened = tensors.iter().map(|(name, tensor)| {
+        let values: Vec<u16> = tensor
+            .data()
+            .chunks_exact(2)
+            .map(|pair| u16::from_le_bytes([pair[0], pair[1]]))
+            .collect();
+        let shape: Vec<usize> = tensor.shape().iter().copied().map(wide).collect();
+        let (dtype, data) = if let &[rows, cols] = tensor.shape() {
+            let mut data = vec![0u16; shape[0] * shape[1]];
+            for row in 0..rows {
+                data[row * shape[1]..][..cols].copy_from_slice(&values[row * cols..][..cols]);
+            }
+            (Dtype::BF16, data.into_iter().flat_map(u16::to_le_bytes).collect::<Vec<u8>>())
+        } else {
+            let gain = |bits: &u16| f32::from_bits(u32::from(*bits) << 16) * 0.5f32.sqrt();
+            let mut gains: Vec<f32> = values.iter().map(gain).collect();
+            gains.resize(shape[0], 0.0);
+            (Dtype::F32, gains.into_iter().flat_map(f32::to_le_bytes).collect())
+        };
+        (name.to_owned(), (dtype, shape, data))
+    });
+    let widened: Vec<_> = widened.collect();
+    let views = widened.iter().map(|(name, (dtype, shape, data))| {
+        (name.as_str(), TensorView::new(*dtype, shape.clone(), data).unwrap())
+    });
+    dir.write("wide/model.safetensors", safetensors::serialize(views, None).unwrap());
+    let config = std::fs::read(fixture("model/config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_slice(&config).unwrap();
+    for key in ["hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"] {
+        config[key] = wide(config[key].as_u64().unwrap() as usize).into();
+    }
+    config["rms_norm_eps"] = (config["rms_norm_eps"].as_f64().unwrap() / 2.0).into();
+    dir.write("wide/config.json", config.to_string());
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        dir.write(&format!("wide/{name}"), std::fs::read(fixture("model").join(name)).unwrap());
+    }
+    dir.join("wide")
+}
+
+#[test]
+fn blocks_with_scales_of_scales_agree_with_the_cpu() {
+    let dir = Dir::new();
+    let model = write_wide_model(&dir);
+    let case = ["--quantize", "q4_k", "--act-order=false", "--format", "gguf", "--compute", "f32"];
+    let calibration = ["--samples", "8", "--seq-len", "64"];
+    let run = |out| convert(&model, out).args(TEXT).args(calibration).args(case);
+    let (a, b) = (dir.join("gpu"), dir.join("cpu"));
+    on_gpu(run(&a)).args(GPU).succeeds();
+    let ran = run(&b).succeeds();
+    assert!(ran.stdout().contains("(4.500 bits a weight)"), "{}", ran.story());
+    let ratio = perplexity(&a) / perplexity(&b);
+    println!("perplexity on the GPU is {ratio:.4} of that on the CPU");
+    assert!((ratio - 1.0).abs() < 0.01, "{ratio}");
 }
 
 #[test]

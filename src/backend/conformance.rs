@@ -5,14 +5,11 @@
 
 mod dense;
 mod pack;
+mod rounding;
 
 use half::bf16;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use sparsepack_formats::{
-    DType,
-    encoding::{IntGrid, ggml::BlockGrid},
-};
 
 use super::*;
 use dense::{
@@ -23,6 +20,11 @@ use dense::{
 use pack::{
     large_matrices_come_and_go, packing_is_that_of_the_format, staged_values_arrive,
     stored_types_round_to_nearest, values_too_large_to_store_are_named,
+};
+use rounding::{
+    every_grid_rounds_as_on_the_cpu, obs_sweep_rounds_and_feeds_errors_on,
+    rounding_takes_the_nearest_value, roundings_of_other_shapes_are_refused,
+    sweeps_choose_scales_as_on_the_cpu, sweeps_round_as_on_the_cpu,
 };
 
 /// f32 sums of f32 terms: a few units in the last place of the sum of magnitudes.
@@ -65,6 +67,10 @@ impl<B: Backend> Instance<B> {
 
     fn download(&self, matrix: &B::Matrix) -> Vec<f32> {
         self.backend.download(matrix).unwrap()
+    }
+
+    fn rounding(&self, grid: Grid, rows: usize, cols: usize) -> B::Rounding {
+        self.backend.rounding(grid, rows, cols).unwrap()
     }
 }
 
@@ -887,169 +893,6 @@ fn columns_are_permuted_and_zeros_copied<B: Backend>(t: &Instance<B>) {
     assert_eq!(t.download(&zeroed), expected);
 }
 
-/// Integers of four bits with a scale for 16 columns, as f32 so that nothing else is rounded.
-fn int4(cols: usize) -> Grid {
-    let group_size = Some((cols / 2) as u32);
-    let grid = IntGrid { bits: 4, group_size, symmetric: true, scale: DType::F32 };
-    Grid::Int { grid, search: ScaleSearch::Mse }
-}
-
-fn rounding_takes_the_nearest_value<B: Backend>(t: &Instance<B>) {
-    for (rows, cols) in [(1, 32), (67, 64), (130, 32)] {
-        let w = random(&mut rng(rows), rows * cols);
-        let mut matrix = t.upload(&w, rows, cols);
-        let mut rounding = Rounding::new(int4(cols), rows, cols);
-        t.backend.choose_scales(&matrix, None, &mut rounding).unwrap();
-        t.backend.round(&mut matrix, &mut rounding).unwrap();
-        let Scales::Groups { scales, .. } = &rounding.scales else { panic!("groups") };
-        for (i, (rounded, w)) in t.download(&matrix).iter().zip(&w).enumerate() {
-            let scale = scales[i / cols * 2 + i % cols / (cols / 2)];
-            let code = rounding.codes[i];
-            assert_eq!(rounded.to_bits(), (scale * f32::from(code)).to_bits());
-            let nearest = (w / scale).round().clamp(-8.0, 7.0);
-            assert_eq!(nearest as i8, code);
-        }
-        // What lies on the grid stays where it is.
-        let before = t.download(&matrix);
-        t.backend.round(&mut matrix, &mut rounding).unwrap();
-        assert_eq!(t.download(&matrix), before);
-    }
-    let mut wrong = Rounding::new(int4(64), 3, 64);
-    assert!(t.backend.choose_scales(&t.upload(&[0.0; 64], 2, 32), None, &mut wrong).is_err());
-}
-
-/// Scales are fixed, so that the codes alone are compared.
-fn obs_sweep_rounds_and_feeds_errors_on<B: Backend>(t: &Instance<B>) {
-    let (rows, cols) = (70, 64);
-    let rng = &mut rng(9);
-    let (w, u) = (random(rng, rows * cols), upper_factor(rng, cols));
-    let mut matrix = t.upload(&w, rows, cols);
-    let mut rounding = Rounding::new(int4(cols), rows, cols);
-    t.backend.choose_scales(&matrix, None, &mut rounding).unwrap();
-    rounding.fix_scales();
-    let Scales::Groups { scales, .. } = rounding.scales.clone() else { panic!("groups") };
-    let factor = t.upload(&u, cols, cols);
-    let rule = SweepRule::Nothing;
-    let err =
-        t.backend.obs_sweep(&mut matrix, &factor, 0..cols, rule, Some(&mut rounding)).unwrap();
-    let (found, errors) = (t.download(&matrix), t.download(&err));
-    let mut close = 0;
-    for row in 0..rows {
-        let mut now: Vec<f64> = w[row * cols..][..cols].iter().map(|w| f64::from(*w)).collect();
-        for j in 0..cols {
-            let scale = f64::from(scales[row * 2 + j / (cols / 2)]);
-            let exact = now[j] / scale;
-            let code = f64::from(rounding.codes[row * cols + j]);
-            // In f32 a value on the border may go either way; the naive sweep follows.
-            assert!((exact.clamp(-8.0, 7.0) - code).abs() < 0.5 + 1e-3, "{row}, {j}");
-            close += usize::from((exact - code).abs() > 0.499);
-            let value = scale * code;
-            assert!((f64::from(found[row * cols + j]) - value).abs() < 1e-6);
-            let error = (now[j] - value) / f64::from(u[j * cols + j]);
-            assert!((f64::from(errors[row * cols + j]) - error).abs() < 1e-3, "{row}, {j}");
-            for (k, now) in now.iter_mut().enumerate().skip(j + 1) {
-                *now -= error * f64::from(u[j * cols + k]);
-            }
-        }
-    }
-    assert!(close < rows * cols / 50, "{close} codes on a border");
-    // A block that cuts groups whose scales are still to be chosen.
-    let mut cut = Rounding::new(int4(cols), rows, cols);
-    assert!(t.backend.obs_sweep(&mut matrix, &factor, 0..16, rule, Some(&mut cut)).is_err());
-}
-
-/// Grids of every kind, with scales of every type.
-fn grids() -> Vec<Grid> {
-    let int = |bits, group_size, symmetric, scale| Grid::Int {
-        grid: IntGrid { bits, group_size, symmetric, scale },
-        search: ScaleSearch::Minmax,
-    };
-    let block = |ty| {
-        let grid = BlockGrid::of(ty).unwrap();
-        Grid::Block { ty, grid, search: ScaleSearch::Minmax }
-    };
-    let mut grids = vec![
-        int(4, Some(32), true, DType::F16),
-        int(3, Some(64), false, DType::Bf16),
-        int(8, None, true, DType::F32),
-        Grid::F8E4m3 { scale: DType::Bf16 },
-        Grid::F8E4m3 { scale: DType::F16 },
-    ];
-    grids.extend(BlockGrid::TYPES.iter().map(|ty| block(*ty)));
-    grids
-}
-
-/// What is rounded is what a reader decodes, so it must be the same to the last bit everywhere.
-fn every_grid_rounds_as_on_the_cpu<B: Backend>(t: &Instance<B>) {
-    let reference = cpu::Cpu::new(Precision::F32, Some(1)).unwrap();
-    let (rows, cols) = (19, 512);
-    let mut w = random(&mut rng(11), rows * cols);
-    w[..cols].fill(0.0);
-    w.iter_mut().step_by(7).for_each(|w| *w *= 1e-4);
-    for grid in grids() {
-        let mut expected = reference.upload(&w, rows, cols).unwrap();
-        let mut rounding = Rounding::new(grid, rows, cols);
-        reference.choose_scales(&expected, None, &mut rounding).unwrap();
-        let mut found_rounding = rounding.clone();
-        reference.round(&mut expected, &mut rounding).unwrap();
-        let mut found = t.upload(&w, rows, cols);
-        t.backend.round(&mut found, &mut found_rounding).unwrap();
-        let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
-        let expected = bits(reference.download(&expected).unwrap());
-        assert!(bits(t.download(&found)) == expected, "{grid}: values");
-        assert!(found_rounding == rounding, "{grid}: codes");
-    }
-}
-
-/// Sums differ in their last places, so a few values may go the other way.
-fn sweeps_round_as_on_the_cpu<B: Backend>(t: &Instance<B>) {
-    let reference = cpu::Cpu::new(Precision::F32, Some(1)).unwrap();
-    let (rows, cols) = (40, 512);
-    let rng = &mut rng(12);
-    let (w, u) = (random(rng, rows * cols), upper_factor(rng, cols));
-    let order: Vec<usize> = (0..cols).map(|i| i * 205 % cols).collect();
-    for grid in grids() {
-        // Columns in another order with scales fixed before, and in theirs with scales chosen on the way.
-        for fixed in [true, false] {
-            let mut rounding = Rounding::new(grid, rows, cols);
-            let weights = reference.upload(&w, rows, cols).unwrap();
-            if fixed || grid.span(cols) == cols {
-                reference.choose_scales(&weights, None, &mut rounding).unwrap();
-                rounding.fix_scales();
-                rounding.set_order(order.clone());
-            }
-            let start = rounding.clone();
-            let expected = sweep_all(&reference, (&w, &u, rows, cols), &mut rounding);
-            let mut found_rounding = start;
-            let found = sweep_all(&t.backend, (&w, &u, rows, cols), &mut found_rounding);
-            let same = rounding.codes.iter().zip(&found_rounding.codes).filter(|(a, b)| a == b);
-            let same = same.count() as f64 / rounding.codes.len() as f64;
-            assert!(same > 0.99, "{grid}, fixed {fixed}: {same}");
-            let norm = |values: &[f32]| values.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>();
-            let off: Vec<f32> = expected.iter().zip(&found).map(|(a, b)| a - b).collect();
-            let off = (norm(&off) / norm(&expected)).sqrt();
-            assert!(off < 0.05, "{grid}, fixed {fixed}: {off}");
-        }
-    }
-}
-
-/// A matrix after a sweep of column blocks of 256.
-fn sweep_all<B: Backend>(
-    b: &B,
-    (w, u, rows, cols): (&[f32], &[f32], usize, usize),
-    rounding: &mut Rounding,
-) -> Vec<f32> {
-    let mut w = b.upload(w, rows, cols).unwrap();
-    let u = b.upload(u, cols, cols).unwrap();
-    for first in (0..cols).step_by(256) {
-        let block = first..first + 256;
-        let rule = SweepRule::Group { zeros: 2, m: 4 };
-        let err = b.obs_sweep(&mut w, &u, block.clone(), rule, Some(rounding)).unwrap();
-        b.trailing_update(&mut w, &err, &u, block).unwrap();
-    }
-    b.download(&w).unwrap()
-}
-
 /// A matrix after the sweep of all its columns at once, with so many zeros of every `m`.
 fn sweep_groups<B: Backend>(
     b: &B,
@@ -1089,8 +932,9 @@ macro_rules! every_operation {
             column_statistics, diagonals_and_columns,
             inverse_factor_inverts, zero_lowest_counts_exactly, obs_sweep_follows_algorithm_1,
             quadratic_form_sums_rows, ceiling_is_positive, columns_are_permuted_and_zeros_copied,
-            every_grid_rounds_as_on_the_cpu, sweeps_round_as_on_the_cpu, wide_groups_lose_their_lowest,
-            rounding_takes_the_nearest_value, obs_sweep_rounds_and_feeds_errors_on,
+            every_grid_rounds_as_on_the_cpu, sweeps_round_as_on_the_cpu, sweeps_choose_scales_as_on_the_cpu,
+            wide_groups_lose_their_lowest, rounding_takes_the_nearest_value,
+            roundings_of_other_shapes_are_refused, obs_sweep_rounds_and_feeds_errors_on,
             dense_products_follow_the_definition, eigenvectors_are_orthonormal_and_reconstruct,
             eigenvalues_over_ten_decades_are_found, equal_eigenvalues_have_a_whole_basis,
             what_has_no_eigenvectors_is_refused, solve_right_divides, solve_right_names_the_pivot,

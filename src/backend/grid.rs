@@ -102,6 +102,30 @@ impl Grid {
         }
     }
 
+    /// What a search for the scale of a group tries, in this order: how many parts the group's largest value
+    /// (with minima its range) is divided into; for asymmetric integers the factors that its range shrinks
+    /// by. Nothing where there is only one way.
+    pub(super) fn candidates(self) -> Vec<f32> {
+        match self {
+            Self::Int { grid, search } => match (grid.symmetric, search) {
+                (true, ScaleSearch::Mse) => parts(1 << grid.bits, int_reach(grid)),
+                (true, ScaleSearch::Minmax) => Vec::new(),
+                (false, ScaleSearch::Mse) => SHRINKS.to_vec(),
+                (false, ScaleSearch::Minmax) => SHRINKS[..1].to_vec(),
+            },
+            Self::F8E4m3 { .. } => Vec::new(),
+            Self::Block { grid, .. } => {
+                let levels = usize::from(grid.high.abs_diff(grid.low)) + 1;
+                let high = parts(levels, f32::from(grid.high));
+                match grid.mins {
+                    Some(_) => high,
+                    // The largest value at either end of the codes.
+                    None => [parts(levels, f32::from(grid.low)), high].concat(),
+                }
+            }
+        }
+    }
+
     /// Whether every group holds an exact zero.
     pub fn keeps_zeros(self) -> bool {
         match self {
@@ -109,6 +133,37 @@ impl Grid {
             Self::Block { grid, .. } => grid.mins.is_none(),
         }
     }
+}
+
+/// Candidates of a search.
+const STEPS: usize = 18;
+
+/// What the range of a group of asymmetric integers is multiplied by.
+const SHRINKS: [f32; 11] = [1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.79, 0.76, 0.73, 0.7];
+
+/// How many parts to try for codes with `levels` values up to `reach` from zero: fewer levels make it
+/// worthwhile to cut more off the largest values.
+fn parts(levels: usize, reach: f32) -> Vec<f32> {
+    let (least, most) = match levels {
+        0..9 => (0.8, 1.7),
+        9..17 => (0.88, 1.5),
+        17..65 => (0.95, 1.25),
+        _ => (0.99, 1.08),
+    };
+    (0..STEPS).map(|i| reach * (least + (most - least) * i as f32 / (STEPS - 1) as f32)).collect()
+}
+
+/// Least and greatest code of integers.
+pub(super) fn int_range(grid: IntGrid) -> (f32, f32) {
+    let half = 1i32 << (grid.bits - 1);
+    (-half as f32, (half - 1) as f32)
+}
+
+/// Steps from zero to the largest magnitude of symmetric integers: as in compressed-tensors, half a step
+/// beyond the greatest code.
+pub(super) fn int_reach(grid: IntGrid) -> f32 {
+    let (low, high) = int_range(grid);
+    (high - low) / 2.0
 }
 
 /// The scales of a matrix.
@@ -123,26 +178,6 @@ pub enum Scales {
     },
     /// `[rows, blocks]`.
     Blocks(Vec<BlockScales>),
-}
-
-#[cfg(feature = "cuda")]
-impl Scales {
-    /// Scale, zero point and minimum of every group of columns with the same scale, `[rows, groups]`
-    /// each.
-    pub(super) fn by_group(&self, grid: Grid) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
-        match (self, grid) {
-            (Self::Blocks(blocks), Grid::Block { grid, .. }) => {
-                let groups = blocks.iter().flat_map(|b| (0..grid.groups()).map(|g| b.group(g)));
-                let (scales, mins): (Vec<f32>, Vec<f32>) = groups.unzip();
-                (scales, vec![0.0; mins.len()], mins)
-            }
-            (Self::Groups { scales, zero_points }, _) => {
-                let points = zero_points.iter().map(|point| f32::from(*point)).collect();
-                (scales.clone(), points, vec![0.0; scales.len()])
-            }
-            (Self::Blocks(_), _) => (Vec::new(), Vec::new(), Vec::new()),
-        }
-    }
 }
 
 /// A matrix that is being rounded: the grid, and codes and scales as far as they are known.
@@ -179,9 +214,10 @@ impl Rounding {
         self.grid
     }
 
-    /// Columns of the matrix.
-    pub fn cols(&self) -> usize {
-        self.cols
+    /// One whose codes and scales are known.
+    #[cfg(feature = "cuda")]
+    pub(super) fn known(grid: Grid, cols: usize, codes: Vec<i8>, scales: Scales) -> Self {
+        Self { grid, cols, codes, scales, order: None, fixed: true }
     }
 
     /// Keeps the scales there are: a sweep that reaches a group does not choose them anew.
@@ -189,47 +225,24 @@ impl Rounding {
         self.fixed = true;
     }
 
-    /// Refuses a matrix of another shape than that being rounded.
-    pub(super) fn expect_shape(
-        &self,
-        operation: &'static str,
-        rows: usize,
-        cols: usize,
-    ) -> Result<()> {
-        if self.cols == cols && self.codes.len() == rows * cols {
-            return Ok(());
-        }
-        let detail = format!("codes of another matrix than {rows} × {cols}");
-        Err(shape_error(operation, detail))
-    }
-
     /// The weights that are swept have the matrix's columns in this order.
-    pub fn set_order(&mut self, order: Vec<usize>) {
-        self.order = Some(order);
-    }
-
-    /// The matrix's column that stands at each position of the weights being swept, where that is not the
-    /// position itself.
-    #[cfg(feature = "cuda")]
-    pub(super) fn order(&self) -> Option<&[usize]> {
-        self.order.as_deref()
-    }
-
-    /// Sets the codes of some positions of the weights being swept: `[rows, positions.len()]`.
-    #[cfg(feature = "cuda")]
-    pub(super) fn set_codes(&mut self, positions: &std::ops::Range<usize>, codes: &[i8]) {
-        let order = self.order.as_deref();
-        let rows = self.codes.chunks_exact_mut(self.cols.max(1));
-        for (row, codes) in rows.zip(codes.chunks_exact(positions.len().max(1))) {
-            for (at, code) in positions.clone().zip(codes) {
-                row[order.map_or(at, |order| order[at])] = *code;
-            }
+    ///
+    /// # Errors
+    /// Another number of columns, an index out of range.
+    pub fn set_order(&mut self, order: Vec<usize>) -> Result<()> {
+        if order.len() != self.cols || order.iter().any(|&column| column >= self.cols) {
+            let detail = format!("no order of {} columns", self.cols);
+            return Err(shape_error("set_order", detail));
         }
+        self.order = Some(order);
+        Ok(())
     }
 
-    /// Whether scales are chosen when a sweep reaches a group.
-    pub fn chooses(&self) -> bool {
-        !self.fixed
+    /// What a sweep must know of it.
+    pub(super) fn outline(&self) -> Outline {
+        let Self { grid, cols, fixed, .. } = *self;
+        let rows = self.codes.len() / cols.max(1);
+        Outline { grid, rows, cols, fixed, ordered: self.order.is_some() }
     }
 
     /// The rows of the matrix in strips of `rows`, each with its codes and scales.
@@ -266,6 +279,45 @@ impl Rounding {
             Scales::Blocks(blocks) => Scales::Blocks(take(blocks, rows, &from)),
         };
         Self { codes: take(&self.codes, rows, &from), scales, ..self.clone() }
+    }
+}
+
+/// A matrix that is being rounded, wherever its codes lie.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Outline {
+    pub(super) grid: Grid,
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+    /// Whether the scales there are stay.
+    pub(super) fixed: bool,
+    /// Whether the weights that are swept have the columns in another order.
+    pub(super) ordered: bool,
+}
+
+impl Outline {
+    /// Of a matrix of which nothing is known yet; one whose columns are not whole spans of the grid is
+    /// refused.
+    pub(super) fn new(grid: Grid, rows: usize, cols: usize) -> Result<Self> {
+        let span = grid.span(cols);
+        if !cols.is_multiple_of(span) {
+            let detail = format!("{cols} columns in groups of {span}");
+            return Err(shape_error("rounding", detail));
+        }
+        Ok(Self { grid, rows, cols, fixed: false, ordered: false })
+    }
+
+    /// Refuses a matrix of another shape than that being rounded.
+    pub(super) fn expect_shape(
+        &self,
+        operation: &'static str,
+        rows: usize,
+        cols: usize,
+    ) -> Result<()> {
+        if self.cols == cols && self.rows * cols == rows * cols {
+            return Ok(());
+        }
+        let detail = format!("codes of another matrix than {rows} × {cols}");
+        Err(shape_error(operation, detail))
     }
 }
 

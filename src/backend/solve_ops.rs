@@ -1,8 +1,12 @@
 //! Operations of the layer solvers.
 
-use std::ops::Range;
+use std::{fmt::Debug, ops::Range};
 
-use super::{Result, Storage, error::shape_error, grid::Rounding};
+use super::{
+    Grid, Result, Storage,
+    error::shape_error,
+    grid::{Outline, Rounding},
+};
 
 /// Which scores are the lowest: the unit within which weights compete.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,9 +61,8 @@ impl<M> Clone for SweepRule<'_, M> {
 impl<M> Copy for SweepRule<'_, M> {}
 
 impl<M> SweepRule<'_, M> {
-    /// The rule with the zeros of another matrix, perhaps of another backend, where it copies zeros.
-    /// Without one, none are copied.
-    pub(super) fn with_zeros_of<N>(self, matrix: Option<&N>) -> SweepRule<'_, N> {
+    /// The rule with the zeros of another matrix, where it copies zeros. Without one, none are copied.
+    pub(super) fn with_zeros_of(self, matrix: Option<&M>) -> SweepRule<'_, M> {
         match (self, matrix) {
             (Self::ZerosOf(_), Some(matrix)) => SweepRule::ZerosOf(matrix),
             (Self::ZerosOf(_), None) | (Self::Nothing, _) => SweepRule::Nothing,
@@ -78,12 +81,12 @@ impl<M> SweepRule<'_, M> {
 }
 
 /// Refuses a column block of a `rows × cols` matrix that a rule's groups do not divide, and a rounding of
-/// another matrix or of groups that the column block cuts.
+/// another matrix, of groups that the column block cuts, or with scales to be chosen and an order.
 pub(super) fn check_sweep<M>(
     (rows, cols): (usize, usize),
     columns: &Range<usize>,
     rule: SweepRule<'_, M>,
-    rounding: Option<&Rounding>,
+    rounding: Option<Outline>,
 ) -> Result<()> {
     let refuse = |detail: String| Err(shape_error("obs_sweep", detail));
     let width = columns.len();
@@ -97,10 +100,13 @@ pub(super) fn check_sweep<M>(
     }
     let Some(rounding) = rounding else { return Ok(()) };
     rounding.expect_shape("obs_sweep", rows, cols)?;
-    if !rounding.chooses() {
+    if rounding.fixed {
         return Ok(());
     }
-    let (span, group) = (rounding.grid().span(cols), rounding.grid().group(cols));
+    if rounding.ordered {
+        return refuse("scales to be chosen of columns in another order".to_owned());
+    }
+    let (span, group) = (rounding.grid.span(cols), rounding.grid.group(cols));
     if !columns.start.is_multiple_of(span) || !width.is_multiple_of(span) {
         return refuse(format!("groups of {span} in columns {columns:?}"));
     }
@@ -114,6 +120,30 @@ pub(super) fn check_sweep<M>(
 
 /// Linear algebra, selection and rounding.
 pub trait SolveOps: Storage {
+    /// A matrix that is being rounded, as [`Rounding`], where the device works on it.
+    type Rounding: Send + Debug;
+
+    /// Nothing known yet of `rows × cols` weights.
+    ///
+    /// # Errors
+    /// Columns that are not whole spans of the grid; device failure.
+    fn rounding(&self, grid: Grid, rows: usize, cols: usize) -> Result<Self::Rounding>;
+
+    /// Keeps the scales there are: a sweep that reaches a group does not choose them anew.
+    fn fix_scales(&self, rounding: &mut Self::Rounding);
+
+    /// The weights that are swept have the matrix's columns in this order. Scales must be fixed then.
+    ///
+    /// # Errors
+    /// Another number of columns, an index out of range; device failure.
+    fn set_order(&self, rounding: &mut Self::Rounding, order: &[usize]) -> Result<()>;
+
+    /// Codes and scales, on the host.
+    ///
+    /// # Errors
+    /// Device failure.
+    fn host_rounding(&self, rounding: Self::Rounding) -> Result<Rounding>;
+
     /// The diagonal of a square matrix.
     ///
     /// # Errors
@@ -170,15 +200,15 @@ pub trait SolveOps: Storage {
     /// `w: [rows, cols]` f32 row-major, `u: [cols, cols]` upper triangular.
     ///
     /// # Errors
-    /// Shapes that do not fit, a column block that cuts groups whose scales are to be chosen; device
-    /// failure.
+    /// Shapes that do not fit, a column block that cuts groups whose scales are to be chosen, or these in
+    /// another order of columns; device failure.
     fn obs_sweep(
         &self,
         w: &mut Self::Matrix,
         u: &Self::Matrix,
         columns: Range<usize>,
         rule: SweepRule<'_, Self::Matrix>,
-        rounding: Option<&mut Rounding>,
+        rounding: Option<&mut Self::Rounding>,
     ) -> Result<Self::Matrix>;
 
     /// Chooses the scales of every group of `w`, with the squared error of each column weighted by
@@ -190,14 +220,14 @@ pub trait SolveOps: Storage {
         &self,
         w: &Self::Matrix,
         importance: Option<&[f32]>,
-        rounding: &mut Rounding,
+        rounding: &mut Self::Rounding,
     ) -> Result<()>;
 
     /// Rounds every weight of `w` to the nearest value under the scales there are.
     ///
     /// # Errors
     /// Shapes that do not fit; device failure.
-    fn round(&self, w: &mut Self::Matrix, rounding: &mut Rounding) -> Result<()>;
+    fn round(&self, w: &mut Self::Matrix, rounding: &mut Self::Rounding) -> Result<()>;
 
     /// The columns of a matrix in another order: column `i` is what `order[i]` was.
     ///

@@ -6,7 +6,7 @@ use super::{
     Layer, LayerReport, LayerSolver, Method, SolveError, SolveTimes, Solved, SolverOptions,
 };
 use crate::{
-    backend::{Backend, Rounding},
+    backend::Backend,
     calibration::{StatKind, Statistic},
 };
 
@@ -59,10 +59,10 @@ impl<B: Backend> LayerSolver<B> for Nearest {
             let Some(grid) = grid else { continue };
             let start = Instant::now();
             let (rows, cols) = b.shape(&solved.weight);
-            let mut rounding = Rounding::new(grid, rows, cols);
+            let mut rounding = b.rounding(grid, rows, cols)?;
             b.choose_scales(&solved.weight, None, &mut rounding)?;
             b.round(&mut solved.weight, &mut rounding)?;
-            solved.rounding = Some(rounding);
+            solved.rounding = Some(b.host_rounding(rounding)?);
             times.sweep_secs += start.elapsed().as_secs_f64();
 
             let start = Instant::now();

@@ -44,7 +44,7 @@ use super::{
     SolverOptions, Sparsity,
 };
 use crate::{
-    backend::{Backend, BackendError, Rounding, SweepRule},
+    backend::{Backend, BackendError, SweepRule},
     calibration::{StatKind, Statistic},
 };
 
@@ -134,38 +134,37 @@ impl Obs {
         layer: &mut Layer<B>,
         pruned: Option<&B::Matrix>,
         factor: &Factor<B::Matrix>,
-    ) -> Result<Option<Rounding>, SolveError> {
+    ) -> Result<Option<B::Rounding>, SolveError> {
         let (rows, cols) = b.shape(&layer.weight);
         b.zero_columns(&mut layer.weight, &factor.dead)?;
-        let mut rounding = layer.grid.map(|grid| Rounding::new(grid, rows, cols));
-        if let Some(rounding) = &mut rounding
-            && (factor.order.is_some() || rounding.grid().span(cols) == cols)
+        let mut rounding = layer.grid.map(|grid| b.rounding(grid, rows, cols)).transpose()?;
+        // Columns whose scales the sweep chooses at a time.
+        let mut span = layer.grid.map_or(1, |grid| grid.span(cols));
+        if let (Some(rounding), Some(grid)) = (&mut rounding, layer.grid)
+            && (factor.order.is_some() || span == cols)
         {
             // With an order, what becomes zero is zero already.
             let prunes = pruned.is_some() || layer.sparsity.is_some();
-            if prunes && factor.order.is_none() && rounding.grid().foresees_pruning() {
+            if prunes && factor.order.is_none() && grid.foresees_pruning() {
                 let mut settled = layer.to_prune(b)?;
                 self.sweep(b, &mut settled, pruned, factor)?;
                 b.choose_scales(&settled.weight, Some(&factor.cost), rounding)?;
             } else {
                 b.choose_scales(pruned.unwrap_or(&layer.weight), Some(&factor.cost), rounding)?;
             }
-            rounding.fix_scales();
+            b.fix_scales(rounding);
+            span = 1;
         }
         let mut permuted = None;
         if let Some(order) = &factor.order {
             layer.weight = b.permute_columns(&layer.weight, order)?;
             permuted = pruned.map(|pruned| b.permute_columns(pruned, order)).transpose()?;
             if let Some(rounding) = &mut rounding {
-                rounding.set_order(order.clone());
+                b.set_order(rounding, order)?;
             }
         }
         let pruned = permuted.as_ref().or(pruned);
         let sparsity = layer.sparsity.filter(|_| pruned.is_none());
-        let span = match &rounding {
-            Some(rounding) if rounding.chooses() => rounding.grid().span(cols),
-            _ => 1,
-        };
         let blocks = column_blocks(cols, self.options.column_block, sparsity, span);
         let ruled = blocks.map(|block| {
             let rule = match (sparsity, pruned) {
@@ -213,6 +212,7 @@ impl Obs {
         }
         let kept = pruned.as_ref().or(layer.keep_zeros.then_some(&dense));
         let rounding = self.sweep(b, &mut layer, kept, &factors.sweep)?;
+        let rounding = rounding.map(|rounding| b.host_rounding(rounding)).transpose()?;
         b.finish()?;
         times.sweep_secs += start.elapsed().as_secs_f64();
 
@@ -226,7 +226,7 @@ impl Obs {
             Some(grid) => {
                 let mut nearest = b.duplicate(&dense)?;
                 b.copy_zeros(&mut nearest, &layer.weight)?;
-                let mut rounding = Rounding::new(grid, rows, cols);
+                let mut rounding = b.rounding(grid, rows, cols)?;
                 b.choose_scales(&nearest, None, &mut rounding)?;
                 b.round(&mut nearest, &mut rounding)?;
                 Some(relative(&nearest)?)
@@ -400,7 +400,7 @@ pub fn sweep_layer<'a, B: Backend>(
     w: &mut B::Matrix,
     u: &B::Matrix,
     blocks: impl Iterator<Item = (Range<usize>, SweepRule<'a, B::Matrix>)>,
-    mut rounding: Option<&mut Rounding>,
+    mut rounding: Option<&mut B::Rounding>,
 ) -> Result<(), BackendError>
 where
     B::Matrix: 'a,

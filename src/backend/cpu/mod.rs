@@ -37,8 +37,9 @@ pub use matrix::CpuMatrix;
 pub(super) use pack::too_large;
 
 use super::{
-    Activation, AttentionShape, BackendError, BlockOps, Dense, DenseOps, Eigen, Fetch, PackOps,
-    Precision, Result, RopeTables, Rounding, Selection, SequenceLens, SolveOps, StatOps, SweepRule,
+    Activation, AttentionShape, BackendError, BlockOps, Dense, DenseOps, Eigen, Fetch, Grid,
+    PackOps, Precision, Result, RopeTables, Rounding, Selection, SequenceLens, SolveOps, StatOps,
+    SweepRule, grid::Outline,
 };
 
 /// Element type and instructions of matrix products.
@@ -107,20 +108,6 @@ impl Cpu {
             .build()
             .map_err(|source| BackendError::Threads { threads, source })?;
         Ok(Self { pool, products })
-    }
-
-    /// Sweeps a column block that is given alone, as [`obs_sweep`](SolveOps::obs_sweep) does inside a
-    /// matrix; see [`sweep::sweep_block`].
-    #[cfg(feature = "cuda")]
-    pub(super) fn sweep_block(
-        &self,
-        work: &mut [f32],
-        u: Vec<f32>,
-        columns: Range<usize>,
-        rule: SweepRule<'_, CpuMatrix>,
-        rounding: Option<&mut Rounding>,
-    ) -> Result<Vec<f32>> {
-        self.scope(|| sweep::sweep_block(work, u, columns, rule, rounding))
     }
 
     /// Runs `work` inside the thread pool, so that the operations it calls use these threads.
@@ -228,6 +215,25 @@ impl StatOps for Cpu {
 }
 
 impl SolveOps for Cpu {
+    type Rounding = Rounding;
+
+    fn rounding(&self, grid: Grid, rows: usize, cols: usize) -> Result<Rounding> {
+        Outline::new(grid, rows, cols)?;
+        Ok(Rounding::new(grid, rows, cols))
+    }
+
+    fn fix_scales(&self, rounding: &mut Rounding) {
+        rounding.fix_scales();
+    }
+
+    fn set_order(&self, rounding: &mut Rounding, order: &[usize]) -> Result<()> {
+        rounding.set_order(order.to_vec())
+    }
+
+    fn host_rounding(&self, rounding: Rounding) -> Result<Rounding> {
+        Ok(rounding)
+    }
+
     fn diagonal(&self, h: &CpuMatrix) -> Result<Vec<f32>> {
         solve::diagonal(h)
     }

@@ -24,7 +24,7 @@ use super::{
 };
 use crate::backend::{
     Result,
-    grid::{F8_MAX, Grid, Rounding, RoundingStrip, ScaleSearch, StripScales},
+    grid::{F8_MAX, Grid, Rounding, RoundingStrip, ScaleSearch, StripScales, int_range, int_reach},
 };
 
 /// Rounds columns and keeps their codes and scales.
@@ -36,13 +36,18 @@ pub(super) struct Rounder<'a> {
     zero_point: Vec<f32>,
     min: Vec<f32>,
     loaded: Option<usize>,
+    /// What searches for scales try.
+    candidates: Vec<f32>,
 }
 
 impl<'a> Rounder<'a> {
     pub(super) fn new(strip: RoundingStrip<'a>) -> Self {
         let rows = strip.codes.len() / strip.cols.max(1);
         let zeros = || vec![0.0; rows];
-        Self { strip, rows, scale: zeros(), zero_point: zeros(), min: zeros(), loaded: None }
+        // Nothing is searched where scales are fixed.
+        let candidates = if strip.fixed { Vec::new() } else { strip.grid.candidates() };
+        let (scale, zero_point, min) = (zeros(), zeros(), zeros());
+        Self { strip, rows, scale, zero_point, min, loaded: None, candidates }
     }
 
     /// Columns from `at` on whose weights must be known to choose scales there; `None` where none are
@@ -73,9 +78,10 @@ impl<'a> Rounder<'a> {
         let group = Group { values, h, rows: self.rows };
         let (nth, spans) = (at / span, self.strip.cols / span);
         self.loaded = None;
+        let candidates = &self.candidates;
         match (self.strip.grid, &mut self.strip.scales) {
             (Grid::Int { grid, search }, StripScales::Groups { scales, zero_points }) => {
-                let (found, points) = int_scales(group, grid, search);
+                let (found, points) = int_scales(group, grid, search, candidates);
                 for (lane, (scale, point)) in found.iter().zip(&points).enumerate() {
                     scales[lane * spans + nth] = *scale;
                     zero_points[lane * spans + nth] = *point as i8;
@@ -91,13 +97,14 @@ impl<'a> Rounder<'a> {
                 if first == 0 {
                     let lanes = blocks.iter_mut().skip(nth).step_by(spans);
                     lanes
-                        .zip(block_scales(group, grid, search))
+                        .zip(block_scales(group, grid, search, candidates))
                         .for_each(|(block, found)| *block = found);
                 }
                 if grid.scales.is_some() {
                     let mut lanes: Vec<BlockScales> =
                         blocks.iter().skip(nth).step_by(spans).copied().collect();
-                    refine(group.part(0, grid.group_len), grid, first, &mut lanes);
+                    let group = group.part(0, grid.group_len);
+                    refine(group, grid, first, candidates, &mut lanes);
                     let blocks = blocks.iter_mut().skip(nth).step_by(spans);
                     blocks.zip(lanes).for_each(|(block, lane)| *block = lane);
                 }
@@ -141,8 +148,8 @@ impl<'a> Rounder<'a> {
         self.load(column);
         let (low, high, dtype) = match self.strip.grid {
             Grid::Int { grid, .. } => {
-                let half = 1i32 << (grid.bits - 1);
-                (-half as f32, (half - 1) as f32, grid.scale)
+                let (low, high) = int_range(grid);
+                (low, high, grid.scale)
             }
             Grid::Block { grid, .. } => (f32::from(grid.low), f32::from(grid.high), DType::F32),
             Grid::F8E4m3 { scale } => return self.round_f8(column, scale, w, zero, rounded),
@@ -202,11 +209,13 @@ fn stored(dtype: DType, scale: f32) -> f32 {
 
 /// Scales and zero points of a group of integers.
 #[inline(always)]
-fn int_scales(group: Group<'_>, grid: IntGrid, search: ScaleSearch) -> (Vec<f32>, Vec<f32>) {
-    let half = 1i32 << (grid.bits - 1);
-    let (low, high) = (-half as f32, (half - 1) as f32);
-    // As compressed-tensors: the largest magnitude lies half a step beyond the greatest code.
-    let reach = (high - low) / 2.0;
+fn int_scales(
+    group: Group<'_>,
+    grid: IntGrid,
+    search: ScaleSearch,
+    candidates: &[f32],
+) -> (Vec<f32>, Vec<f32>) {
+    let ((low, high), reach) = (int_range(grid), int_reach(grid));
     let store = |scale: &f32| stored(grid.scale, *scale);
     if grid.symmetric {
         let scales = match search {
@@ -214,22 +223,17 @@ fn int_scales(group: Group<'_>, grid: IntGrid, search: ScaleSearch) -> (Vec<f32>
                 group.extremes().iter().map(|extreme| extreme.abs() / reach).collect()
             }
             ScaleSearch::Mse => {
-                let parts = scales::parts(1 << grid.bits, reach);
                 let extremes = group.extremes();
                 let extremes: Vec<f32> = extremes.iter().map(|extreme| extreme.abs()).collect();
-                scales::symmetric(group, &extremes, &parts, (low, high))
+                scales::symmetric(group, &extremes, candidates, (low, high))
             }
         };
         return (scales.iter().map(store).collect(), vec![0.0; group.rows]);
     }
     let (least, greatest) = group.range();
-    let shrinks: &[f32] = match search {
-        ScaleSearch::Minmax => &[1.0],
-        ScaleSearch::Mse => &[1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.79, 0.76, 0.73, 0.7],
-    };
     let mut best = vec![f32::INFINITY; group.rows];
     let (mut scales, mut points) = (vec![0.0; group.rows], vec![0.0; group.rows]);
-    for shrink in shrinks {
+    for shrink in candidates {
         let ends = least.iter().zip(&greatest);
         // The range must hold zero.
         let (tried, point): (Vec<f32>, Vec<f32>) = ends
@@ -254,16 +258,12 @@ fn int_scales(group: Group<'_>, grid: IntGrid, search: ScaleSearch) -> (Vec<f32>
 
 /// Scales and minima of the groups of a block, before they are rounded.
 #[inline(always)]
-fn search(group: Group<'_>, grid: BlockGrid) -> (Vec<f32>, Vec<f32>) {
+fn search(group: Group<'_>, grid: BlockGrid, candidates: &[f32]) -> (Vec<f32>, Vec<f32>) {
     let (low, high) = (f32::from(grid.low), f32::from(grid.high));
-    let levels = usize::from(grid.high.abs_diff(grid.low)) + 1;
     if grid.mins.is_some() {
-        return scales::affine(group, &scales::parts(levels, high), high);
+        return scales::affine(group, candidates, high);
     }
-    // The largest value at either end of the codes.
-    let mut parts = scales::parts(levels, low);
-    parts.extend(scales::parts(levels, high));
-    let scales = scales::symmetric(group, &group.extremes(), &parts, (low, high));
+    let scales = scales::symmetric(group, &group.extremes(), candidates, (low, high));
     (scales, vec![0.0; group.rows])
 }
 
@@ -281,11 +281,16 @@ fn reaching(block: Group<'_>, grid: BlockGrid) -> Vec<f32> {
 /// A scale for the scales of each row of a block, and these rounded under it. One beyond binary16 is
 /// infinite, which encoding refuses.
 #[inline(always)]
-fn block_scales(block: Group<'_>, grid: BlockGrid, how: ScaleSearch) -> Vec<BlockScales> {
+fn block_scales(
+    block: Group<'_>,
+    grid: BlockGrid,
+    how: ScaleSearch,
+    candidates: &[f32],
+) -> Vec<BlockScales> {
     let groups: Vec<(Vec<f32>, Vec<f32>)> = match (how, grid.scales) {
         (ScaleSearch::Minmax, None) => vec![(reaching(block, grid), Vec::new())],
         _ => (0..grid.groups())
-            .map(|g| search(block.part(g * grid.group_len, grid.group_len), grid))
+            .map(|g| search(block.part(g * grid.group_len, grid.group_len), grid, candidates))
             .collect(),
     };
     let row = |lane: usize| {
@@ -296,7 +301,7 @@ fn block_scales(block: Group<'_>, grid: BlockGrid, how: ScaleSearch) -> Vec<Bloc
         let mut largest = (0.0f32, 0.0f32);
         for (scales, mins) in &groups {
             largest.0 = if scales[lane].abs() > largest.0.abs() { scales[lane] } else { largest.0 };
-            largest.1 = largest.1.max(mins[lane]);
+            largest.1 = if mins[lane] > largest.1 { mins[lane] } else { largest.1 };
         }
         // Signed scales reach one further below zero than above.
         let reach = if low < 0 { f32::from(low) } else { f32::from(high) };
@@ -320,10 +325,16 @@ fn block_scales(block: Group<'_>, grid: BlockGrid, how: ScaleSearch) -> Vec<Bloc
 /// Chooses the integer scale and minimum of group `g` of each row again, for its weights as they are
 /// now, under the block's scales.
 #[inline(always)]
-fn refine(group: Group<'_>, grid: BlockGrid, g: usize, lanes: &mut [BlockScales]) {
+fn refine(
+    group: Group<'_>,
+    grid: BlockGrid,
+    g: usize,
+    candidates: &[f32],
+    lanes: &mut [BlockScales],
+) {
     let Some((least, greatest)) = grid.scales else { return };
     let top = grid.mins.unwrap_or(0);
-    let (scales, mins) = search(group, grid);
+    let (scales, mins) = search(group, grid, candidates);
     for (lane, block) in lanes.iter_mut().enumerate() {
         block.scales[g] = integer(scales[lane], block.d, least, greatest);
         block.mins[g] = integer(mins[lane], block.dmin, 0, top);
@@ -365,7 +376,8 @@ pub(super) fn choose_scales(
     rounding: &mut Rounding,
 ) -> Result<()> {
     const OPERATION: &str = "choose_scales";
-    let cols = check(OPERATION, w, rounding)?;
+    let cols = w.cols;
+    rounding.outline().expect_shape(OPERATION, w.rows, cols)?;
     let h = match importance {
         Some(h) if h.len() != cols => {
             return Err(shape_error(OPERATION, format!("{} weights of {cols} columns", h.len())));
@@ -398,7 +410,8 @@ vectorised! {
 /// Rounds every weight of `w` to the nearest value under the scales there are.
 pub(super) fn round(w: &mut CpuMatrix, rounding: &mut Rounding) -> Result<()> {
     const OPERATION: &str = "round";
-    let cols = check(OPERATION, w, rounding)?;
+    let cols = w.cols;
+    rounding.outline().expect_shape(OPERATION, w.rows, cols)?;
     let w = w.f32s_mut(OPERATION)?;
     rounding
         .strips(SWEEP_STRIP)
@@ -429,16 +442,4 @@ vectorised! {
             rounder.round(at, w, &zero, rounded);
         }
     }
-}
-
-/// Columns of `w`, which must be the matrix that is rounded.
-fn check(operation: &'static str, w: &CpuMatrix, rounding: &Rounding) -> Result<usize> {
-    let (cols, span) = (rounding.cols(), rounding.grid().span(rounding.cols()));
-    if w.cols != cols || w.rows * cols != rounding.codes.len() || !cols.is_multiple_of(span) {
-        return Err(shape_error(
-            operation,
-            format!("{} × {} to be rounded in groups of {span}", w.rows, w.cols),
-        ));
-    }
-    Ok(cols)
 }

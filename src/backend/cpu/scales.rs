@@ -192,18 +192,3 @@ pub(super) fn affine(group: Group<'_>, parts: &[f32], top: f32) -> (Vec<f32>, Ve
     }
     (scale, min)
 }
-
-/// How many parts to try for codes with `levels` values up to `reach` from zero: fewer levels make it
-/// worthwhile to cut more off the largest values.
-pub(super) fn parts(levels: usize, reach: f32) -> Vec<f32> {
-    let (least, most) = match levels {
-        0..9 => (0.8, 1.7),
-        9..17 => (0.88, 1.5),
-        17..65 => (0.95, 1.25),
-        _ => (0.99, 1.08),
-    };
-    (0..STEPS).map(|i| reach * (least + (most - least) * i as f32 / (STEPS - 1) as f32)).collect()
-}
-
-/// Candidates of a search.
-const STEPS: usize = 18;

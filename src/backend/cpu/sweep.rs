@@ -63,7 +63,12 @@ pub(super) fn obs_sweep(
     const OPERATION: &str = "obs_sweep";
     let (rows, cols, width) = (w.rows, w.cols, columns.len());
     u.expect_shape(OPERATION, cols, cols)?;
-    solve_ops::check_sweep((rows, cols), &columns, rule, rounding.as_deref())?;
+    solve_ops::check_sweep(
+        (rows, cols),
+        &columns,
+        rule,
+        rounding.as_deref().map(Rounding::outline),
+    )?;
     let marked = match rule {
         SweepRule::ZerosOf(pruned) => {
             pruned.expect_shape(OPERATION, rows, cols)?;
@@ -98,7 +103,7 @@ fn part(values: &[f32], cols: usize, columns: &Range<usize>) -> Vec<f32> {
 /// Sweeps columns `columns` of a matrix, all checked, given alone: `work: [rows, width]`, which become the new
 /// weights, and the factor's part `u: [width, width]`. Zeros to copy are given for these columns alone as
 /// well. Returns the errors, `[rows, width]`.
-pub(super) fn sweep_block(
+fn sweep_block(
     work: &mut [f32],
     u: Vec<f32>,
     columns: Range<usize>,

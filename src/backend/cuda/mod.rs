@@ -6,8 +6,9 @@
 //! Everything is asynchronous on one stream; what reads a result waits for it, and errors of kernels come
 //! to light there. Weights come and results go on streams of their own, beside it.
 //!
-//! What stays on the host: the search for scales of a grid, and with it sweeps that choose scales on
-//! the way (`sweep.rs`).
+//! What a layer's solver works with is on the device from its weights to its codes and scales
+//! (`rounding.rs`), which the host fetches when the layer is done. Besides, it reads the diagonal of the
+//! Hessian and the errors of layers.
 
 mod activation;
 mod attention;
@@ -21,6 +22,8 @@ mod nll;
 mod norm;
 mod pack;
 mod rope;
+mod rounding;
+mod scales;
 mod select;
 mod solve;
 mod sweep;
@@ -31,12 +34,13 @@ use cached::Cached;
 use driver::Memory;
 pub use matrix::{CudaMatrix, CudaWeight};
 pub use pack::CudaStaged;
+pub use rounding::CudaRounding;
 use sparsepack_formats::DType;
 
 use super::{
-    Activation, AttentionShape, BackendError, BlockOps, Dense, DenseOps, Eigen, Fetch, PackOps,
-    Precision, Result, RopeTables, Rounding, Selection, SequenceLens, SolveOps, StatOps, SweepRule,
-    cpu,
+    Activation, AttentionShape, BackendError, BlockOps, Dense, DenseOps, Eigen, Fetch, Grid,
+    PackOps, Precision, Result, RopeTables, Rounding, Selection, SequenceLens, SolveOps, StatOps,
+    SweepRule, cpu,
 };
 
 /// Element type of matrix products.
@@ -223,6 +227,24 @@ impl StatOps for Cuda {
 }
 
 impl SolveOps for Cuda {
+    type Rounding = CudaRounding;
+
+    fn rounding(&self, grid: Grid, rows: usize, cols: usize) -> Result<CudaRounding> {
+        rounding::rounding(self, grid, rows, cols)
+    }
+
+    fn fix_scales(&self, rounding: &mut CudaRounding) {
+        rounding.outline.fixed = true;
+    }
+
+    fn set_order(&self, rounding: &mut CudaRounding, order: &[usize]) -> Result<()> {
+        rounding::set_order(self, rounding, order)
+    }
+
+    fn host_rounding(&self, rounding: CudaRounding) -> Result<Rounding> {
+        rounding::host_rounding(self, &rounding)
+    }
+
     fn diagonal(&self, h: &CudaMatrix) -> Result<Vec<f32>> {
         solve::diagonal(self, h)
     }
@@ -258,7 +280,7 @@ impl SolveOps for Cuda {
         u: &CudaMatrix,
         columns: Range<usize>,
         rule: SweepRule<'_, CudaMatrix>,
-        rounding: Option<&mut Rounding>,
+        rounding: Option<&mut CudaRounding>,
     ) -> Result<CudaMatrix> {
         sweep::obs_sweep(self, w, u, columns, rule, rounding)
     }
@@ -267,13 +289,13 @@ impl SolveOps for Cuda {
         &self,
         w: &CudaMatrix,
         importance: Option<&[f32]>,
-        rounding: &mut Rounding,
+        rounding: &mut CudaRounding,
     ) -> Result<()> {
-        sweep::choose_scales(self, w, importance, rounding)
+        scales::choose_scales(self, w, importance, rounding)
     }
 
-    fn round(&self, w: &mut CudaMatrix, rounding: &mut Rounding) -> Result<()> {
-        sweep::round(self, w, rounding)
+    fn round(&self, w: &mut CudaMatrix, rounding: &mut CudaRounding) -> Result<()> {
+        rounding::round(self, w, rounding)
     }
 
     fn permute_columns(&self, w: &CudaMatrix, order: &[usize]) -> Result<CudaMatrix> {

@@ -8,6 +8,7 @@ use super::{
     Cuda, CudaMatrix,
     driver::{Arriving, Bytes, KernelFile, Memory, Named},
     matrix::{by_column, each, shape_error},
+    rounding::{AS_BF16, AS_F16},
 };
 use crate::backend::{
     Fetch, HostData, HostMatrix, PackOps, Result, Storage, StoredValues,
@@ -15,9 +16,6 @@ use crate::backend::{
 };
 
 const FILE: KernelFile = KernelFile::Pack;
-/// Names of 16-bit types in the kernels.
-const BF16: u32 = 0;
-const F16: u32 = 1;
 
 /// Values of a matrix on their way to the device, in the type that they are stored in.
 #[derive(Debug)]
@@ -46,8 +44,8 @@ enum Rounded {
 /// The kernels' name of a 16-bit type.
 fn half(dtype: DType) -> Option<u32> {
     match dtype {
-        DType::Bf16 => Some(BF16),
-        DType::F16 => Some(F16),
+        DType::Bf16 => Some(AS_BF16),
+        DType::F16 => Some(AS_F16),
         _ => None,
     }
 }

@@ -64,7 +64,9 @@ pub(super) fn mark_lowest(
     if let Some(marks) = all_alike(cuda, count, zeros >= count, zeros == 0)? {
         return Ok(marks);
     }
-    let mut state = gpu.upload(&[0, zeros as u64], OPERATION)?;
+    let mut state = gpu.allocate::<u64>(2, OPERATION)?;
+    let thread = Geometry { blocks: [1, 1, 1], threads: [1, 1], shared: 0 };
+    gpu.launch(FILE, "first_state", thread, &[(&mut state).into(), (zeros as u64).into()])?;
     let mut counts = gpu.zeros::<u64>(BINS, OPERATION)?;
     let blocks = count.div_ceil(THREADS).min(8 * cuda.processors);
     let wide = Geometry { blocks: [blocks, 1, 1], threads: [THREADS as u32, 1], shared: 0 };
@@ -132,7 +134,12 @@ fn all_alike(cuda: &Cuda, count: usize, all: bool, none: bool) -> Result<Option<
     const OPERATION: &str = "marks";
     match (all, none) {
         (_, true) => cuda.gpu.zeros(count, OPERATION).map(Some),
-        (true, false) => cuda.gpu.upload(&vec![1; count], OPERATION).map(Some),
+        (true, false) => {
+            let mut marks = cuda.gpu.allocate::<u8>(count, OPERATION)?;
+            let args = [(&mut marks).into(), (count as u64).into()];
+            cuda.gpu.launch(FILE, "mark_all", each(count), &args)?;
+            Ok(Some(marks))
+        }
         (false, false) => Ok(None),
     }
 }

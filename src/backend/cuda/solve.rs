@@ -114,7 +114,8 @@ fn indices(
     indices.map(narrow).collect()
 }
 
-fn order_of(operation: &'static str, order: &[usize], n: usize) -> Result<Vec<u32>> {
+/// An order of `n` columns as kernels take it.
+pub(super) fn order_of(operation: &'static str, order: &[usize], n: usize) -> Result<Vec<u32>> {
     if order.len() != n {
         return Err(shape_error(operation, format!("an order of {} for {n}", order.len())));
     }

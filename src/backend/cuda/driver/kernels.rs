@@ -62,6 +62,8 @@ kernel_files! {
     Stats = "stats.cu",
     /// Exact selection of the lowest scores.
     Select = "select.cu",
+    /// Scales of groups of weights.
+    Scales = "scales.cu",
     /// Column blocks of Algorithm 1, and rounding.
     Sweep = "sweep.cu",
     /// Around the factorisation.

@@ -22,6 +22,8 @@ use cudarc::{
 };
 
 pub(super) use blas::{Element, Operand, Product};
+/// A part of device memory.
+pub(super) use cudarc::driver::CudaView as View;
 pub(super) use kernels::{Arg, Geometry, KernelFile, Named};
 pub(super) use memory::{Bytes, Memory};
 pub(super) use present::probe;

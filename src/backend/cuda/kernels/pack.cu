@@ -6,64 +6,47 @@
 //
 // No floating-point sums, no shared memory.
 
-// Which 16-bit type.
-enum Half : u32 { AS_BFLOAT, AS_BINARY16 };
-
-// Bits of the nearest binary16, ties to even; infinite from 65520 on.
-__device__ __forceinline__ u16 to_binary16(float value) {
-    const u32 bits = __float_as_uint(value);
-    const u32 sign = (bits >> 16) & 0x8000u;
-    const u32 magnitude = bits & 0x7fffffffu;
+// Bits of a value that a 16-bit type (AS_BF16, AS_F16) holds exactly.
+__device__ __forceinline__ u16 half_bits(float held, u32 stored) {
+    const u32 bits = __float_as_uint(held);
+    if (stored == AS_BF16) return (u16)(bits >> 16);
+    const u32 sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
     if (magnitude > 0x7f800000u) return (u16)(sign | 0x7e00u);
-    if (magnitude < 0x38800000u) {
-        // Below 2^-14 values are multiples of 2^-24, which is the last place of 0.5.
-        const float counted = __fadd_rn(__uint_as_float(magnitude), 0.5f);
-        return (u16)(sign | (__float_as_uint(counted) - 0x3f000000u));
-    }
-    if (magnitude >= 0x477ff000u) return (u16)(sign | 0x7c00u);
-    const u32 rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
-    return (u16)(sign | ((rounded - 0x38000000u) >> 13));
+    if (magnitude >= 0x47800000u) return (u16)(sign | 0x7c00u);
+    // Below 2^-14 values are multiples of 2^-24.
+    if (magnitude < 0x38800000u) return (u16)(sign | (u32)(__uint_as_float(magnitude) * 16777216.0f));
+    return (u16)(sign | ((magnitude - 0x38000000u) >> 13));
 }
 
-__device__ __forceinline__ float from_binary16(u16 bits) {
+__device__ __forceinline__ float from_half(u16 bits, u32 stored) {
+    if (stored == AS_BF16) return __uint_as_float((u32)bits << 16);
     const u32 sign = (u32)(bits & 0x8000u) << 16;
     const u32 exponent = (bits >> 10) & 0x1fu, mantissa = bits & 0x3ffu;
-    if (exponent == 0) return __uint_as_float(sign | __float_as_uint((float)mantissa * 5.9604644775390625e-8f));
+    if (exponent == 0) return __uint_as_float(sign | __float_as_uint((float)mantissa / 16777216.0f));
     if (exponent == 31) return __uint_as_float(sign | 0x7f800000u | (mantissa << 13));
     return __uint_as_float(sign | ((exponent + 112u) << 23) | (mantissa << 13));
 }
 
-__device__ __forceinline__ u16 to_half(float value, u32 type) {
-    return type == AS_BFLOAT ? narrow(value).bits : to_binary16(value);
-}
-
-__device__ __forceinline__ float from_half(u16 bits, u32 type) {
-    const bf16 value = {bits};
-    return type == AS_BFLOAT ? widen(value) : from_binary16(bits);
-}
-
 // from, to: [count]. 6 bytes a value.
 //   launch: a thread a value
-KERNEL widen_stored(const u16* from, float* to, u64 count, u32 type) {
+KERNEL widen_stored(const u16* from, float* to, u64 count, u32 stored) {
     const u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < count) to[i] = from_half(from[i], type);
+    if (i < count) to[i] = from_half(from[i], stored);
 }
 
 // w, to: [count]. A finite value that would become infinite stays in w, and is counted in `beyond`, which
 // the host sets to 0 first. 10 bytes a value.
 //   launch: a thread a value
-KERNEL round_to_half(float* w, u16* to, u64 count, u32 type, u32* beyond) {
+KERNEL round_to_half(float* w, u16* to, u64 count, u32 stored, u32* beyond) {
     const u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= count) return;
-    const float value = w[i];
-    const u16 stored = to_half(value, type);
-    const float held = from_half(stored, type);
+    const float value = w[i], held = as_stored(value, stored);
     const u32 infinity = 0x7f800000u;
     if ((__float_as_uint(held) & infinity) == infinity && (__float_as_uint(value) & infinity) != infinity) {
         atomicAdd(beyond, 1u);
         return;
     }
-    to[i] = stored;
+    to[i] = half_bits(held, stored);
     w[i] = held;
 }
 

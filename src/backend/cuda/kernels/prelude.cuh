@@ -1,4 +1,5 @@
-// What every kernel file builds on: types, bf16, reductions, tensor-core products. No toolkit header.
+// What every kernel file builds on: types, bf16, rounding to stored types, reductions, tensor-core
+// products. No toolkit header.
 //
 // Stands before each kernel file when it is compiled. What depends on the device a kernel runs on is
 // named here so that the kernels need not know. On a GPU it is what follows; tests/software_gpu has its
@@ -80,6 +81,44 @@ __device__ __forceinline__ bf16 narrow(float value) {
         out.bits = (u16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
     }
     return out;
+}
+
+// The type that values and scales are stored in.
+enum Stored : u32 { AS_F32, AS_BF16, AS_F16 };
+
+// Value limited to low..high; NaN becomes low.
+__device__ __forceinline__ float limited(float value, float low, float high) {
+    value = value > low ? value : low;
+    return value < high ? value : high;
+}
+
+// The integer nearest to a value of magnitude below 2^22, ties to even, never a negative zero.
+__device__ __forceinline__ float nearest(float value) {
+    // Above 2^23 floats are integers, so the addition rounds.
+    return __fsub_rn(__fadd_rn(value, 12582912.0f), 12582912.0f);
+}
+
+// To binary16 and back, ties to even, infinite beyond its range.
+__device__ __forceinline__ float through_f16(float value) {
+    const u32 bits = __float_as_uint(value);
+    const u32 sign = bits & 0x80000000u;
+    u32 magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return value;
+    if (magnitude < 0x38800000u) {
+        // Below 2^-14 values are multiples of 2^-24, which is the last place of 0.5.
+        const float rounded = __fsub_rn(__fadd_rn(__uint_as_float(magnitude), 0.5f), 0.5f);
+        return __uint_as_float(sign | __float_as_uint(rounded));
+    }
+    magnitude = (magnitude + 0xfffu + ((magnitude >> 13) & 1u)) & ~0x1fffu;
+    if (magnitude >= 0x47800000u) magnitude = 0x7f800000u;
+    return __uint_as_float(sign | magnitude);
+}
+
+// As a type holds it.
+__device__ __forceinline__ float as_stored(float value, u32 stored) {
+    if (stored == AS_BF16) return widen(narrow(value));
+    if (stored == AS_F16) return through_f16(value);
+    return value;
 }
 
 // Operands of products are f32 or bf16; these read and write either.

@@ -28,17 +28,26 @@ KERNEL scores_scaled(const float* w, const float* scale, u64 rows, u64 cols, u32
     }
 }
 
-// scores[r, j] = (w[r, start + j] / u[start + j, start + j])², what zeroing the weight costs.
-//   w: [rows, cols]; u: [cols, cols]; scores: [rows, width]
+// scores[r, j] = (w[r, j] / u[j, j])², what zeroing the weight costs.
+//   w: [rows, width] with rows w_stride apart; u: [width, width], u_stride; scores: [rows, width]
 //   launch: x ceil(width / threads), y any number of blocks
-KERNEL scores_sweep(const float* w, u64 cols, u64 start, const float* u, u64 rows, u64 width, u32* scores) {
+KERNEL scores_sweep(
+    const float* w, u64 w_stride, const float* u, u64 u_stride, u64 rows, u64 width, u32* scores
+) {
     const u64 j = (u64)blockIdx.x * blockDim.x + threadIdx.x;
     if (j >= width) return;
-    const float diagonal = u[(start + j) * cols + start + j];
+    const float diagonal = u[j * (u_stride + 1)];
     for (u64 row = blockIdx.y; row < rows; row += gridDim.y) {
-        const float err = __fdiv_rn(w[row * cols + start + j], diagonal);
+        const float err = __fdiv_rn(w[row * w_stride + j], diagonal);
         scores[row * width + j] = order_of(__fmul_rn(err, err));
     }
+}
+
+// Begins the search for the `count` lowest scores.
+//   state: [prefix, remaining]; launch: one thread
+KERNEL first_state(u64* state, u64 count) {
+    state[0] = 0;
+    state[1] = count;
 }
 
 // Adds to counts[digit] how many scores have that digit, of those that agree with the digits found.
@@ -242,6 +251,13 @@ KERNEL mark_zeros(const float* from, u64 cols, u64 start, u64 rows, u64 width, u
     for (u64 row = blockIdx.y; row < rows; row += gridDim.y) {
         marks[row * width + j] = from[row * cols + start + j] == 0.0f ? 1 : 0;
     }
+}
+
+// marks[i] = 1
+//   marks: [count]; launch: a thread a value
+KERNEL mark_all(u8* marks, u64 count) {
+    const u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) marks[i] = 1;
 }
 
 // Zeroes the marked values.

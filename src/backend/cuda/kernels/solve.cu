@@ -42,17 +42,13 @@ KERNEL permute_columns(const float* w, u64 rows, u64 cols, const u32* order, flo
     for (u64 row = blockIdx.y; row < rows; row += gridDim.y) out[row * cols + i] = w[row * cols + from];
 }
 
-// to[r, to_start + j] = from[r, from_start + j] for j < width
-//   from: [rows, from_cols]; to: [rows, to_cols]
+// to[r, j] = from[r, j]
+//   from: [rows, width] with rows stride apart; to: [rows, width]
 //   launch: x ceil(width / threads), y any number of blocks
-KERNEL copy_columns(
-    const float* from, u64 rows, u64 from_cols, u64 from_start, u64 width, float* to, u64 to_start, u64 to_cols
-) {
+KERNEL copy_columns(const float* from, u64 stride, u64 rows, u64 width, float* to) {
     const u64 j = (u64)blockIdx.x * blockDim.x + threadIdx.x;
     if (j >= width) return;
-    for (u64 row = blockIdx.y; row < rows; row += gridDim.y) {
-        to[row * to_cols + to_start + j] = from[row * from_cols + from_start + j];
-    }
+    for (u64 row = blockIdx.y; row < rows; row += gridDim.y) to[row * width + j] = from[row * stride + j];
 }
 
 // out[i, j] = h[order[i], order[j]] for j <= i, of a symmetric h given by its lower triangle; 0 above.

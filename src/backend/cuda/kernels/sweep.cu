@@ -12,37 +12,6 @@
 // What weights are rounded to: nothing; scale · level − min, with codes level + point; scale · e4m3.
 enum Kind : u32 { NOTHING, LEVELS, FLOAT8 };
 
-// The type that values and scales are stored in.
-enum Stored : u32 { AS_F32, AS_BF16, AS_F16 };
-
-// Value limited to low..high; NaN becomes low.
-__device__ __forceinline__ float limited(float value, float low, float high) {
-    value = value > low ? value : low;
-    return value < high ? value : high;
-}
-
-// To binary16 and back, ties to even, infinite beyond its range.
-__device__ __forceinline__ float through_f16(float value) {
-    const u32 bits = __float_as_uint(value);
-    const u32 sign = bits & 0x80000000u;
-    u32 magnitude = bits & 0x7fffffffu;
-    if (magnitude > 0x7f800000u) return value;
-    if (magnitude < 0x38800000u) {
-        // Below 2^-14 values are multiples of 2^-24, which is the last place of 0.5.
-        const float rounded = __fsub_rn(__fadd_rn(__uint_as_float(magnitude), 0.5f), 0.5f);
-        return __uint_as_float(sign | __float_as_uint(rounded));
-    }
-    magnitude = (magnitude + 0xfffu + ((magnitude >> 13) & 1u)) & ~0x1fffu;
-    if (magnitude >= 0x47800000u) magnitude = 0x7f800000u;
-    return __uint_as_float(sign | magnitude);
-}
-
-__device__ __forceinline__ float as_stored(float value, u32 stored) {
-    if (stored == AS_BF16) return widen(narrow(value));
-    if (stored == AS_F16) return through_f16(value);
-    return value;
-}
-
 // The nearest e4m3 code of a value of at most 448.
 __device__ __forceinline__ u32 to_float8(float value) {
     const u32 sign = (__float_as_uint(value) >> 24) & 0x80u;
@@ -62,16 +31,22 @@ __device__ __forceinline__ float from_float8(u32 code) {
     return __uint_as_float(sign | ((exponent + 120u) << 23) | (mantissa << 20));
 }
 
-// A grid, and the scales of one weight's group.
 struct Grid {
     u32 kind, stored;
     float low, high;
 };
 
+// What one group is rounded with. Without zero points or minima these are 0.
+struct Scale {
+    float scale, point, min;
+
+    __device__ __forceinline__ Scale(const float* scales, const i8* points, const float* mins, u64 group)
+        : scale(scales[group]), point(points ? (float)points[group] : 0.0f), min(mins ? mins[group] : 0.0f) {}
+};
+
 // The value a weight is rounded to, and its code.
-__device__ __forceinline__ float rounded(
-    Grid grid, float target, float scale, float point, float min, i8* code
-) {
+__device__ __forceinline__ float rounded(Grid grid, float target, Scale group, i8* code) {
+    const float scale = group.scale, point = group.point, min = group.min;
     if (grid.kind == FLOAT8) {
         const float value = scale == 0.0f ? 0.0f : __fdiv_rn(target, scale);
         const u32 bits = to_float8(limited(value, -448.0f, 448.0f));
@@ -81,18 +56,17 @@ __device__ __forceinline__ float rounded(
     const float divisor = scale == 0.0f ? __uint_as_float(0x7f800000u) : scale;
     const float exact = __fdiv_rn(__fadd_rn(target, min), divisor);
     const float inside = limited(exact, __fsub_rn(grid.low, point), __fsub_rn(grid.high, point));
-    // Above 2^23 floats are integers, so the addition rounds, ties to even; never to a negative zero.
-    const float level = __fsub_rn(__fadd_rn(inside, 12582912.0f), 12582912.0f);
+    const float level = nearest(inside);
     *code = (i8)__fadd_rn(level, point);
     return as_stored(__fsub_rn(__fmul_rn(scale, level), min), grid.stored);
 }
 
 // Rounds every weight to the nearest value of its group, and writes its code.
-//   w, codes: [rows, cols]; scale, point, min: [rows, groups], group_len columns each
+//   w, codes: [rows, cols]; scale, point, min: [rows, groups], group_len columns each; no point, no min: 0
 //   launch: x ceil(cols / threads), y any number of blocks
 KERNEL round_weights(
     float* w, u64 rows, u64 cols, u32 kind, u32 stored, float low, float high, const float* scale,
-    const float* point, const float* min, u64 groups, u32 group_len, i8* codes
+    const i8* point, const float* min, u64 groups, u32 group_len, i8* codes
 ) {
     const u64 col = (u64)blockIdx.x * blockDim.x + threadIdx.x;
     if (col >= cols) return;
@@ -100,7 +74,7 @@ KERNEL round_weights(
     for (u64 row = blockIdx.y; row < rows; row += gridDim.y) {
         const u64 i = row * cols + col, group = row * groups + col / group_len;
         i8 code = 0;
-        w[i] = rounded(grid, w[i], scale[group], point[group], min[group], &code);
+        w[i] = rounded(grid, w[i], Scale(scale, point, min, group), &code);
         codes[i] = code;
     }
 }
@@ -108,32 +82,32 @@ KERNEL round_weights(
 // Columns a lane holds.
 static const u32 SLOTS = 4;
 
-// Sweeps columns start..start + width of w, at most 128: zeroes what is marked, or the `zeros` lowest
-// (w / u_jj)² of every m columns when it comes to them, rounds the others, and moves each column's error
-// onto the columns to its right. err = (w - q) / u_jj.
-//   w: [rows, cols]; u: [cols, cols] upper triangular
-//   marks: null, or [rows, width] with rows marks_stride apart
-//   err: [rows, width] with rows stride apart; codes: likewise, or null
+// Sweeps `width` columns of w, at most 128: zeroes what is marked, or the `zeros` lowest (w / u_jj)² of
+// every m columns when it comes to them, rounds the others, and moves each column's error onto the columns
+// to its right. err = (w - q) / u_jj.
+//   w: [rows, width] with rows w_stride apart; u: [width, width] upper triangular, rows u_stride apart
+//   marks: null, or [rows, width] with rows marks_stride apart; err: likewise
 //   zeros, m: 0 without groups; m divides width
-//   scale, point, min: [rows, groups], of group_len columns of the matrix; order: null, or the column of
-//   the matrix at each position of the sweep, [cols]
+//   start: the position of the first column in the matrix that is rounded
+//   scale, point, min: [rows, groups], of group_len columns of the matrix; no point, no min: 0
+//   order: null, or the column of the matrix at each position of the sweep, [cols]; codes: [rows, cols]
 //   launch: any number of blocks of whole warps; dynamic shared memory: 4 (width² + 128 warps) bytes
 KERNEL __launch_bounds__(512) obs_sweep(
-    float* w, u64 rows, u64 cols, u64 start, u32 width, const float* u, const u8* marks,
-    u64 marks_stride, u32 zeros, u32 m, float* err, u64 stride, u32 kind, u32 stored, float low, float high,
-    const float* scale, const float* point, const float* min, u64 groups, u32 group_len, const u32* order,
-    i8* codes
+    float* w, u64 rows, u64 w_stride, u32 width, const float* u, u64 u_stride, const u8* marks,
+    u64 marks_stride, u32 zeros, u32 m, float* err, u64 err_stride, u64 start, u64 cols, u32 kind, u32 stored,
+    float low, float high, const float* scale, const i8* point, const float* min, u64 groups, u32 group_len,
+    const u32* order, i8* codes
 ) {
     DYNAMIC_SHARED(float, tile);
     const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     u32* const scores = reinterpret_cast<u32*>(tile + width * width) + warp * SLOTS * WARP;
     for (u32 i = threadIdx.x; i < width * width; i += blockDim.x) {
-        tile[i] = u[(start + i / width) * cols + start + i % width];
+        tile[i] = u[(i / width) * u_stride + i % width];
     }
     __syncthreads();
     const Grid grid = {kind, stored, low, high};
     for (u64 row = (u64)blockIdx.x * warps + warp; row < rows; row += (u64)gridDim.x * warps) {
-        float* const own = w + row * cols + start;
+        float* const own = w + row * w_stride;
         float value[SLOTS], error[SLOTS];
         i8 code[SLOTS];
         // Bit l of zero[k]: whether column 32 k + l becomes zero. The same in all lanes.
@@ -186,7 +160,7 @@ KERNEL __launch_bounds__(512) obs_sweep(
                 if (kind != NOTHING) {
                     const u64 column = order ? order[start + j] : start + j;
                     const u64 group = row * groups + column / group_len;
-                    q = rounded(grid, q, scale[group], point[group], min[group], &c);
+                    q = rounded(grid, q, Scale(scale, point, min, group), &c);
                 }
                 const float e = __fdiv_rn(x - q, tile[j * width + j]);
                 if (lane == l) {
@@ -206,8 +180,8 @@ KERNEL __launch_bounds__(512) obs_sweep(
             const u32 col = k * WARP + lane;
             if (col < width) {
                 own[col] = value[k];
-                err[row * stride + col] = error[k];
-                if (codes) codes[row * stride + col] = code[k];
+                err[row * err_stride + col] = error[k];
+                if (codes) codes[row * cols + (order ? order[start + col] : start + col)] = code[k];
             }
         }
     }
