@@ -3,7 +3,7 @@
 use std::{fmt::Debug, ops::Range};
 
 use super::{
-    Grid, Result, Storage,
+    Fetch, Grid, Result, Storage,
     error::shape_error,
     grid::{Outline, Rounding},
 };
@@ -138,11 +138,11 @@ pub trait SolveOps: Storage {
     /// Another number of columns, an index out of range; device failure.
     fn set_order(&self, rounding: &mut Self::Rounding, order: &[usize]) -> Result<()>;
 
-    /// Codes and scales, on the host.
+    /// Codes and scales, for the host.
     ///
     /// # Errors
     /// Device failure.
-    fn host_rounding(&self, rounding: Self::Rounding) -> Result<Rounding>;
+    fn fetch_rounding(&self, rounding: Self::Rounding) -> Result<Fetch<Rounding>>;
 
     /// The diagonal of a square matrix.
     ///

@@ -53,11 +53,11 @@ impl StoredValues<'_> {
 
 /// Values to be brought to the host by who waits for them, while the device goes on with other work. What they
 /// come from is held until then, or until this is dropped.
-pub struct Fetch<T>(Box<dyn FnOnce() -> Result<T> + Send>);
+pub struct Fetch<T>(Box<dyn FnOnce() -> Result<T> + Send + Sync>);
 
-impl<T: Send + 'static> Fetch<T> {
+impl<T: Send + Sync + 'static> Fetch<T> {
     /// Values that `wait` brings.
-    pub(super) fn new(wait: impl FnOnce() -> Result<T> + Send + 'static) -> Self {
+    pub(super) fn new(wait: impl FnOnce() -> Result<T> + Send + Sync + 'static) -> Self {
         Self(Box::new(wait))
     }
 
@@ -68,9 +68,9 @@ impl<T: Send + 'static> Fetch<T> {
 
     /// The same in another form.
     #[cfg(feature = "cuda")]
-    pub(super) fn map<R: Send + 'static>(
+    pub(super) fn map<R: Send + Sync + 'static>(
         self,
-        form: impl FnOnce(T) -> R + Send + 'static,
+        form: impl FnOnce(T) -> R + Send + Sync + 'static,
     ) -> Fetch<R> {
         Fetch::new(|| self.wait().map(form))
     }

@@ -23,7 +23,7 @@ pub use sparsity::{ParseSparsityError, Sparsity};
 pub use wanda::Wanda;
 
 use crate::{
-    backend::{Backend, BackendError, Grid, Rounding},
+    backend::{Backend, BackendError, Fetch, Grid, Rounding},
     calibration::{StatKind, Statistic},
 };
 
@@ -61,7 +61,7 @@ pub struct Solved<B: Backend> {
     /// The pruned and rounded weight, f32.
     pub weight: B::Matrix,
     /// Its codes and scales, where it was rounded.
-    pub rounding: Option<Rounding>,
+    pub rounding: Option<Fetch<Rounding>>,
     /// What it cost.
     pub report: LayerReport,
 }

@@ -62,7 +62,7 @@ impl<B: Backend> LayerSolver<B> for Nearest {
             let mut rounding = b.rounding(grid, rows, cols)?;
             b.choose_scales(&solved.weight, None, &mut rounding)?;
             b.round(&mut solved.weight, &mut rounding)?;
-            solved.rounding = Some(b.host_rounding(rounding)?);
+            solved.rounding = Some(b.fetch_rounding(rounding)?);
             times.sweep_secs += start.elapsed().as_secs_f64();
 
             let start = Instant::now();

@@ -212,7 +212,7 @@ impl Obs {
         }
         let kept = pruned.as_ref().or(layer.keep_zeros.then_some(&dense));
         let rounding = self.sweep(b, &mut layer, kept, &factors.sweep)?;
-        let rounding = rounding.map(|rounding| b.host_rounding(rounding)).transpose()?;
+        let rounding = rounding.map(|rounding| b.fetch_rounding(rounding)).transpose()?;
         b.finish()?;
         times.sweep_secs += start.elapsed().as_secs_f64();
 

@@ -6,7 +6,7 @@ use sparsepack_formats::{DType, encoding::dense};
 
 use super::error::Result;
 use crate::{
-    backend::{Backend, BackendError, Rounding, StoredValues},
+    backend::{Backend, BackendError, Fetch, Rounding, StoredValues},
     model::{Block, CapturePoint, LayerNames, Linears, ModelSource, Norm, Role},
 };
 
@@ -43,7 +43,7 @@ pub struct LoadedLinear<B: Backend> {
     /// The weight.
     pub weight: LoadedWeight<B>,
     /// Codes and scales of the weight, once it is rounded to a grid.
-    pub rounding: Option<Rounding>,
+    pub rounding: Option<Fetch<Rounding>>,
     /// Bias `[out_features]`, where there is one.
     pub bias: Option<Vec<f32>>,
     /// `out_features`.

@@ -98,9 +98,9 @@ pub(super) fn round_to_stored(name: &str, dtype: DType, weight: &mut [f32]) -> R
 }
 
 /// What makes the bytes of codes and scales.
-pub(super) fn pack_rounded(output: &OutputTensor, rounding: Rounding) -> Packing {
+pub(super) fn pack_rounded(output: &OutputTensor, rounding: Fetch<Rounding>) -> Packing {
     let output = output.clone();
-    Box::new(move || encode_rounded(&output, &rounding))
+    Box::new(move || encode_rounded(&output, &rounding.wait()?))
 }
 
 /// Bytes of what waits to be packed: at most those of the dense matrix in the type of its values.

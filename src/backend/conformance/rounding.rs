@@ -29,7 +29,7 @@ pub(super) fn rounding_takes_the_nearest_value<B: Backend>(t: &Instance<B>) {
         // What lies on the grid stays where it is.
         t.backend.round(&mut matrix, &mut rounding).unwrap();
         assert_eq!(t.download(&matrix), found);
-        let rounding = t.backend.host_rounding(rounding).unwrap();
+        let rounding = t.backend.fetch_rounding(rounding).unwrap().wait().unwrap();
         let Scales::Groups { scales, .. } = &rounding.scales else { panic!("groups") };
         for (i, (rounded, w)) in found.iter().zip(&w).enumerate() {
             let scale = scales[i / cols * 2 + i % cols / (cols / 2)];
@@ -90,7 +90,7 @@ pub(super) fn obs_sweep_rounds_and_feeds_errors_on<B: Backend>(t: &Instance<B>) 
     let err =
         t.backend.obs_sweep(&mut matrix, &factor, 0..cols, rule, Some(&mut rounding)).unwrap();
     let (found, errors) = (t.download(&matrix), t.download(&err));
-    let rounding = t.backend.host_rounding(rounding).unwrap();
+    let rounding = t.backend.fetch_rounding(rounding).unwrap().wait().unwrap();
     let Scales::Groups { scales, .. } = &rounding.scales else { panic!("groups") };
     let mut close = 0;
     for row in 0..rows {
@@ -182,7 +182,7 @@ fn chosen_and_rounded<B: Backend>(
     let mut rounding = t.rounding(grid, rows, cols);
     t.backend.choose_scales(&matrix, importance, &mut rounding).unwrap();
     t.backend.round(&mut matrix, &mut rounding).unwrap();
-    (bits(&t.download(&matrix)), t.backend.host_rounding(rounding).unwrap())
+    (bits(&t.download(&matrix)), t.backend.fetch_rounding(rounding).unwrap().wait().unwrap())
 }
 
 /// What is rounded is what a reader decodes, and the scales of a model shall not depend on the device that
@@ -303,7 +303,7 @@ pub(super) fn sweeps_round_as_on_the_cpu<B: Backend>(t: &Instance<B>) {
             t.backend.fix_scales(&mut rounding);
             t.backend.set_order(&mut rounding, order).unwrap();
             let found = sweep_all(t, sweep, 4, &mut rounding);
-            (found, t.backend.host_rounding(rounding).unwrap())
+            (found, t.backend.fetch_rounding(rounding).unwrap().wait().unwrap())
         }
         let expected = fixed(&reference, sweep, grid, &order);
         let found = fixed(t, sweep, grid, &order);
@@ -336,7 +336,8 @@ pub(super) fn sweeps_choose_scales_as_on_the_cpu<B: Backend>(t: &Instance<B>) {
                 let expected = sweep_all(&reference, sweep, which, &mut rounding);
                 let mut found_rounding = t.rounding(grid, rows, cols);
                 let found = sweep_all(t, sweep, which, &mut found_rounding);
-                let found_rounding = t.backend.host_rounding(found_rounding).unwrap();
+                let found_rounding =
+                    t.backend.fetch_rounding(found_rounding).unwrap().wait().unwrap();
                 let case = format!("{grid}, {rows} rows, rule {which}");
                 let off = distance(&found, &expected);
                 let (scales, chosen) = (groups_of(&rounding), groups_of(&found_rounding));

@@ -230,8 +230,8 @@ impl SolveOps for Cpu {
         rounding.set_order(order.to_vec())
     }
 
-    fn host_rounding(&self, rounding: Rounding) -> Result<Rounding> {
-        Ok(rounding)
+    fn fetch_rounding(&self, rounding: Rounding) -> Result<Fetch<Rounding>> {
+        Ok(Fetch::ready(rounding))
     }
 
     fn diagonal(&self, h: &CpuMatrix) -> Result<Vec<f32>> {

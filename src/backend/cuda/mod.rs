@@ -241,8 +241,8 @@ impl SolveOps for Cuda {
         rounding::set_order(self, rounding, order)
     }
 
-    fn host_rounding(&self, rounding: CudaRounding) -> Result<Rounding> {
-        rounding::host_rounding(self, &rounding)
+    fn fetch_rounding(&self, rounding: CudaRounding) -> Result<Fetch<Rounding>> {
+        rounding::fetch_rounding(self, rounding)
     }
 
     fn diagonal(&self, h: &CudaMatrix) -> Result<Vec<f32>> {

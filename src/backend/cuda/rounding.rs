@@ -13,10 +13,12 @@ use super::{
     solve::order_of,
 };
 use crate::backend::{
-    Grid, Result, Rounding, Scales,
+    Fetch, Grid, Result, Rounding, Scales,
     grid::{F8_MAX, Outline, int_range},
 };
 
+/// What memory is for, in errors.
+const SCALES: &str = "scales";
 /// Names of grids and types in the kernels.
 const NOTHING: u32 = 0;
 const LEVELS: u32 = 1;
@@ -89,12 +91,12 @@ pub(super) fn set_order(cuda: &Cuda, rounding: &mut CudaRounding, order: &[usize
     Ok(())
 }
 
-/// Codes and scales, on the host.
-pub(super) fn host_rounding(cuda: &Cuda, rounding: &CudaRounding) -> Result<Rounding> {
-    let CudaRounding { outline, codes, scales, .. } = rounding;
-    let codes = cuda.gpu.download(codes, outline.rows * outline.cols, "codes")?;
-    let scales = scales.download(&cuda.gpu, outline.rows)?;
-    Ok(Rounding::known(outline.grid, outline.cols, codes, scales))
+/// Codes and scales, for the host.
+pub(super) fn fetch_rounding(cuda: &Cuda, rounding: CudaRounding) -> Result<Fetch<Rounding>> {
+    let CudaRounding { outline: Outline { grid, rows, cols, .. }, codes, scales, .. } = rounding;
+    let codes = cuda.gpu.fetch(codes, rows * cols, "codes")?;
+    let scales = scales.fetch(&cuda.gpu, rows)?;
+    Ok(Fetch::new(move || Ok(Rounding::known(grid, cols, codes.wait()?, scales.wait()?))))
 }
 
 /// Rounds every weight to the nearest value.
@@ -109,12 +111,11 @@ pub(super) fn round(cuda: &Cuda, w: &mut CudaMatrix, rounding: &mut CudaRounding
 
 impl DeviceScales {
     fn new(gpu: &Gpu, Outline { grid, rows, cols, .. }: Outline) -> Result<Self> {
-        const OPERATION: &str = "scales";
         let group_len = grid.group(cols);
         let groups = cols / group_len;
         let len = rows * groups;
         let point = match grid {
-            Grid::Int { grid, .. } if !grid.symmetric => Some(gpu.zeros(len, OPERATION)?),
+            Grid::Int { grid, .. } if !grid.symmetric => Some(gpu.zeros(len, SCALES)?),
             _ => None,
         };
         let (min, blocks) = match grid {
@@ -122,17 +123,17 @@ impl DeviceScales {
                 let blocks = rows * cols / block.block_len;
                 let of_mins = |len: usize| if block.mins.is_some() { len } else { 0 };
                 let blocks = DeviceBlocks {
-                    d: gpu.zeros(blocks, OPERATION)?,
-                    dmin: gpu.zeros(of_mins(blocks), OPERATION)?,
-                    scales: gpu.zeros(len, OPERATION)?,
-                    mins: gpu.zeros(of_mins(len), OPERATION)?,
+                    d: gpu.zeros(blocks, SCALES)?,
+                    dmin: gpu.zeros(of_mins(blocks), SCALES)?,
+                    scales: gpu.zeros(len, SCALES)?,
+                    mins: gpu.zeros(of_mins(len), SCALES)?,
                 };
-                let min = block.mins.map(|_| gpu.zeros(len, OPERATION)).transpose()?;
+                let min = block.mins.map(|_| gpu.zeros(len, SCALES)).transpose()?;
                 (min, Some(blocks))
             }
             _ => (None, None),
         };
-        let scale = gpu.zeros(len, OPERATION)?;
+        let scale = gpu.zeros(len, SCALES)?;
         Ok(Self { grid, groups, group_len, scale, point, min, blocks })
     }
 
@@ -188,51 +189,55 @@ impl DeviceScales {
         ]
     }
 
-    fn download(&self, gpu: &Gpu, rows: usize) -> Result<Scales> {
-        const OPERATION: &str = "scales";
+    fn fetch(self, gpu: &Gpu, rows: usize) -> Result<Fetch<Scales>> {
         let len = rows * self.groups;
+        let scales = gpu.fetch::<f32, f32>(self.scale, len, SCALES)?;
         let Grid::Block { grid, .. } = self.grid else {
-            let zero_points = match &self.point {
-                Some(points) => gpu.download(points, len, OPERATION)?,
-                None => vec![0; len],
-            };
-            let scales = gpu.download(&self.scale, len, OPERATION)?;
-            return Ok(Scales::Groups { scales, zero_points });
+            let points = self.point.map(|points| gpu.fetch(points, len, SCALES)).transpose()?;
+            return Ok(Fetch::new(move || {
+                let zero_points = points.map_or_else(|| Ok(vec![0; len]), Fetch::wait)?;
+                Ok(Scales::Groups { scales: scales.wait()?, zero_points })
+            }));
         };
-        let Some(blocks) = &self.blocks else {
-            let scales = gpu.download(&self.scale, len, OPERATION)?;
-            let block = |d| BlockScales { d, scales: [1; MAX_GROUPS], ..BlockScales::default() };
-            return Ok(Scales::Blocks(scales.into_iter().map(f16::from_f32).map(block).collect()));
-        };
-        blocks.download(gpu, len, grid).map(Scales::Blocks)
+        if let Some(blocks) = self.blocks {
+            return blocks.fetch(gpu, len, grid);
+        }
+        let block = |d| BlockScales { d, scales: [1; MAX_GROUPS], ..BlockScales::default() };
+        Ok(scales.map(move |scales| {
+            Scales::Blocks(scales.into_iter().map(f16::from_f32).map(block).collect())
+        }))
     }
 }
 
 impl DeviceBlocks {
     /// The scales of so many groups.
-    fn download(&self, gpu: &Gpu, groups: usize, grid: BlockGrid) -> Result<Vec<BlockScales>> {
-        const OPERATION: &str = "scales";
+    fn fetch(self, gpu: &Gpu, groups: usize, grid: BlockGrid) -> Result<Fetch<Scales>> {
         let of_block = grid.groups();
         let blocks = groups / of_block;
-        let (d, scales) = (
-            gpu.download(&self.d, blocks, OPERATION)?,
-            gpu.download(&self.scales, groups, OPERATION)?,
-        );
-        let (dmin, mins) = match grid.mins {
+        let d = gpu.fetch::<f32, f32>(self.d, blocks, SCALES)?;
+        let scales = gpu.fetch::<i8, i8>(self.scales, groups, SCALES)?;
+        let minima = match grid.mins {
             Some(_) => {
-                let mins = gpu.download(&self.mins, groups, OPERATION)?;
-                (gpu.download(&self.dmin, blocks, OPERATION)?, mins)
+                let mins = gpu.fetch::<i8, i8>(self.mins, groups, SCALES)?;
+                Some((gpu.fetch::<f32, f32>(self.dmin, blocks, SCALES)?, mins))
             }
-            None => (vec![0.0; blocks], vec![0; groups]),
+            None => None,
         };
-        let ofs = scales.chunks_exact(of_block).zip(mins.chunks_exact(of_block));
-        let found = d.iter().zip(&dmin).zip(ofs).map(|((d, dmin), (scales, mins))| {
-            let (d, dmin) = (f16::from_f32(*d), f16::from_f32(*dmin));
-            let mut block = BlockScales { d, dmin, ..BlockScales::default() };
-            block.scales[..of_block].copy_from_slice(scales);
-            block.mins[..of_block].copy_from_slice(mins);
-            block
-        });
-        Ok(found.collect())
+        Ok(Fetch::new(move || {
+            let (d, scales) = (d.wait()?, scales.wait()?);
+            let (dmin, mins) = match minima {
+                Some((dmin, mins)) => (dmin.wait()?, mins.wait()?),
+                None => (vec![0.0; blocks], vec![0; groups]),
+            };
+            let ofs = scales.chunks_exact(of_block).zip(mins.chunks_exact(of_block));
+            let found = d.iter().zip(&dmin).zip(ofs).map(|((d, dmin), (scales, mins))| {
+                let (d, dmin) = (f16::from_f32(*d), f16::from_f32(*dmin));
+                let mut block = BlockScales { d, dmin, ..BlockScales::default() };
+                block.scales[..of_block].copy_from_slice(scales);
+                block.mins[..of_block].copy_from_slice(mins);
+                block
+            });
+            Ok(Scales::Blocks(found.collect()))
+        }))
     }
 }

@@ -281,7 +281,7 @@ impl Gpu {
 
     /// The first `len` values, as they are once all is done that was begun before, to be brought beside what
     /// is begun later. On the host they are of type `H`, perhaps bytes.
-    pub(in super::super) fn fetch<T: Bytes, H: Bytes + Send>(
+    pub(in super::super) fn fetch<T: Bytes, H: Bytes + Send + Sync>(
         &self,
         memory: Memory<T>,
         len: usize,
