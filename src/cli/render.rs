@@ -470,12 +470,14 @@ pub(super) fn plan(
     let budget = &plan.budget;
     writeln!(
         text,
-        "  peak memory     {} (activations {}, one block {}, Hessians {}, one batch {})",
+        "  peak memory     {} (activations {}, one block {}, Hessians {}, one batch {}, results to be \
+         written {})",
         bytes(budget.peak_bytes),
         bytes(budget.hidden_bytes),
         bytes(budget.block_bytes),
         bytes(budget.statistics_bytes),
-        bytes(budget.batch_bytes)
+        bytes(budget.batch_bytes),
+        bytes(budget.behind_bytes)
     )?;
     writeln!(
         text,

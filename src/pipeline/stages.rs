@@ -200,6 +200,7 @@ impl<B: Backend> StageContext<'_, B> {
                 observing += start.elapsed().as_secs_f64();
                 added
             })?;
+            hidden.carry(b, &[batch + 1])?;
             let gram = CapturePoint::ALL.map(|point| self.statistic_flops(plan, point, &lens));
             times.charge(Phase::Statistics, observing, gram.iter().sum());
             let flops = forward_flops(

@@ -186,7 +186,8 @@ impl<'a, B: Backend> Stream<'a, B> {
         let (b, geometry) = (self.b, &self.geometry);
         let [reads, writes] = half;
         let batches: Vec<usize> = (0..self.hidden.batches()).collect();
-        for group in batches.chunks(b.lanes()) {
+        let mut groups = batches.chunks(b.lanes()).peekable();
+        while let Some(group) = groups.next() {
             let taken = group
                 .iter()
                 .map(|&batch| Ok((self.hidden.lens(batch).clone(), self.hidden.take(batch)?)))
@@ -196,6 +197,7 @@ impl<'a, B: Backend> Stream<'a, B> {
                 let residual = at.residual.onload(b)?;
                 Ok(loaded.block.half(b, geometry, half, residual, &lens)?)
             });
+            self.hidden.carry(b, groups.peek().unwrap_or(&&[][..]))?;
             let (arch, config) = (self.job.source.arch(), self.job.source.config());
             let lens = group.iter().map(|&batch| self.hidden.lens(batch));
             let end = writes as usize + 1;
