@@ -264,14 +264,20 @@ fn what_is_planned_is_enough_and_activations_that_do_not_fit_go_to_the_host() {
         println!("skipped: the device's memory cannot be set");
         return;
     }
+    for sequential in ["true", "block"] {
+        let samples = ["--samples", "16", "--seq-len", "64", "--sequential", sequential];
+        planned_is_enough(&[&SPARSEGPT[..], &TEXT, &samples].concat());
+    }
+}
+
+fn planned_is_enough(args: &[&str]) {
     let dir = Dir::new();
-    let args = [&SPARSEGPT[..], &TEXT, &["--samples", "16", "--seq-len", "64"]].concat();
-    let plan = Command::new("plan").arg(fixture("model")).args(&args).arg("--json");
+    let plan = Command::new("plan").arg(fixture("model")).args(args).arg("--json");
     let budget = &plan.succeeds().json()["budget"];
     let planned = |name: &str| budget[name].as_u64().unwrap();
     let run = |name: &str, bytes: u64| {
         let out = dir.join(name);
-        let convert = on_gpu(convert(&fixture("model"), &out)).args(&args).args(GPU);
+        let convert = on_gpu(convert(&fixture("model"), &out)).args(args).args(GPU);
         convert.env("SOFTWARE_GPU_MEMORY", bytes.to_string()).succeeds();
         out
     };

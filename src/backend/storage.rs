@@ -57,7 +57,7 @@ pub struct Fetch<T>(Box<dyn FnOnce() -> Result<T> + Send + Sync>);
 
 impl<T: Send + Sync + 'static> Fetch<T> {
     /// Values that `wait` brings.
-    pub(super) fn new(wait: impl FnOnce() -> Result<T> + Send + Sync + 'static) -> Self {
+    pub(crate) fn new(wait: impl FnOnce() -> Result<T> + Send + Sync + 'static) -> Self {
         Self(Box::new(wait))
     }
 

@@ -17,8 +17,13 @@ pub enum Parked<B: Storage> {
     Device(B::Matrix),
     /// In host memory.
     Host(HostMatrix),
-    /// On its way to the device.
-    Coming(B::Staged),
+    /// In host memory, and on its way to the device.
+    Coming {
+        /// What arrives.
+        staged: B::Staged,
+        /// What it is.
+        host: HostMatrix,
+    },
 }
 
 impl<B: Storage> Parked<B> {
@@ -30,7 +35,7 @@ impl<B: Storage> Parked<B> {
         match self {
             Self::Device(matrix) => Ok(matrix),
             Self::Host(matrix) => b.onload(matrix),
-            Self::Coming(staged) => b.receive(&staged),
+            Self::Coming { staged, .. } => b.receive(&staged),
         }
     }
 
@@ -42,7 +47,7 @@ impl<B: Storage> Parked<B> {
         match self {
             Self::Device(matrix) => b.duplicate(matrix),
             Self::Host(matrix) => b.onload(matrix.clone()),
-            Self::Coming(staged) => b.receive(staged),
+            Self::Coming { staged, .. } => b.receive(staged),
         }
     }
 
@@ -53,8 +58,7 @@ impl<B: Storage> Parked<B> {
     pub fn offload(self, b: &B) -> Result<HostMatrix, BackendError> {
         match self {
             Self::Device(matrix) => b.offload(matrix),
-            Self::Host(matrix) => Ok(matrix),
-            Self::Coming(staged) => b.offload(b.receive(&staged)?),
+            Self::Host(matrix) | Self::Coming { host: matrix, .. } => Ok(matrix),
         }
     }
 }
@@ -108,6 +112,8 @@ pub struct HiddenStates<B: Storage> {
     /// Bytes of the device's own memory that activations may still take; `None` where its memory is the
     /// host's.
     room: Option<u64>,
+    /// The batch that is leaving the device, of which there is one at a time.
+    leaving: Option<usize>,
     spill: Option<Spill>,
 }
 
@@ -157,7 +163,7 @@ impl<B: Storage> HiddenStates<B> {
     /// the device, if it has memory of its own.
     pub fn in_memory(lens: Vec<SequenceLens>, room: Option<u64>) -> Self {
         let slots = lens.iter().map(|_| None).collect();
-        Self { lens, slots, room, spill: None }
+        Self { lens, slots, room, leaving: None, spill: None }
     }
 
     /// An empty store that keeps activations in an unnamed temporary file in `dir`. `hidden` and
@@ -220,7 +226,8 @@ impl<B: Storage> HiddenStates<B> {
         }
     }
 
-    /// Puts a batch back, where there is room for it: the residual stream first.
+    /// Puts a batch back, where there is room for it: the residual stream first. What leaves the device for
+    /// the host may be on its way until the next batch is put back.
     ///
     /// # Errors
     /// The spill file cannot be written; device failure.
@@ -241,15 +248,12 @@ impl<B: Storage> HiddenStates<B> {
                 Slot::Spilled { residual, input }
             }
         });
-        if self.room.is_none() {
-            self.settle(batch)?;
-        }
-        Ok(())
+        if self.room.is_none() { self.settle(batch) } else { self.settle_leaving(Some(batch)) }
     }
 
-    /// Moves batches while the device works on others: waits for those that are leaving, and begins to bring
-    /// `next`, those that there are. To be called when the work is begun; else the device idles until [`take`](Self::take) has
-    /// done the same.
+    /// Moves batches while the device works on others: begins to bring `next`, those that there are, and waits
+    /// for the one that is leaving. To be called when the work is begun; else the device idles until
+    /// [`take`](Self::take) and [`put`](Self::put) have done the same.
     ///
     /// # Errors
     /// Device failure.
@@ -257,22 +261,32 @@ impl<B: Storage> HiddenStates<B> {
         if self.room.is_none() {
             return Ok(());
         }
-        for batch in 0..self.slots.len() {
-            self.settle(batch)?;
-        }
         for &batch in next {
+            if self.leaving == Some(batch) {
+                self.settle_leaving(None)?;
+            }
             let Some(Some(Slot::Memory(kept))) = self.slots.get_mut(batch) else { continue };
             for parked in std::iter::once(&mut kept.residual).chain(&mut kept.input) {
-                if let Parked::Host(matrix) = parked {
-                    *parked = Parked::Coming(b.bring(matrix)?);
+                if let Parked::Host(host) = parked {
+                    let staged = b.bring(host)?;
+                    let empty = HostMatrix { rows: 0, cols: 0, data: HostData::F32(Vec::new()) };
+                    *parked = Parked::Coming { staged, host: std::mem::replace(host, empty) };
                 }
             }
         }
-        Ok(())
+        self.settle_leaving(None)
+    }
+
+    /// Waits for the batch that is leaving the device, after which `next` leaves it.
+    fn settle_leaving(&mut self, next: Option<usize>) -> Result<(), HiddenError> {
+        match std::mem::replace(&mut self.leaving, next) {
+            Some(batch) if Some(batch) != next => self.settle(batch),
+            _ => Ok(()),
+        }
     }
 
     /// Waits for a batch that is leaving the device.
-    fn settle(&mut self, batch: usize) -> Result<(), BackendError> {
+    fn settle(&mut self, batch: usize) -> Result<(), HiddenError> {
         let slot = &mut self.slots[batch];
         *slot = match slot.take() {
             Some(Slot::Leaving { residual, input }) => Some(Slot::Memory(Kept {
@@ -302,7 +316,7 @@ impl<B: Storage> HiddenStates<B> {
 fn device_bytes<B: Storage>(parked: &Parked<B>) -> u64 {
     match parked {
         Parked::Device(matrix) => B::bytes(matrix),
-        Parked::Host(_) | Parked::Coming(_) => 0,
+        Parked::Host(_) | Parked::Coming { .. } => 0,
     }
 }
 
@@ -371,8 +385,16 @@ mod positioned {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    };
+
     use super::*;
-    use crate::backend::{Precision, cpu::Cpu};
+    use crate::backend::{
+        Precision, StoredValues,
+        cpu::{Cpu, CpuMatrix, CpuWeight},
+    };
 
     const RESIDUAL: usize = 3 * 2 * 4;
 
@@ -410,6 +432,133 @@ mod tests {
                 assert!(matches!(error, HiddenError::Taken { batch } if batch == index));
             }
         }
+    }
+
+    /// The CPU as a device of its own, which counts what is leaving it.
+    #[derive(Debug)]
+    struct Device {
+        cpu: Cpu,
+        leaving: Arc<AtomicUsize>,
+        most: AtomicUsize,
+    }
+
+    impl Storage for Device {
+        type Matrix = CpuMatrix;
+        type Weight = CpuWeight;
+        type Staged = CpuMatrix;
+
+        fn describe(&self) -> String {
+            self.cpu.describe()
+        }
+
+        fn upload(
+            &self,
+            data: &[f32],
+            rows: usize,
+            cols: usize,
+        ) -> Result<CpuMatrix, BackendError> {
+            self.cpu.upload(data, rows, cols)
+        }
+
+        fn stage(
+            &self,
+            values: StoredValues<'_>,
+            rows: usize,
+            cols: usize,
+        ) -> Result<CpuMatrix, BackendError> {
+            self.cpu.stage(values, rows, cols)
+        }
+
+        fn bring(&self, matrix: &HostMatrix) -> Result<CpuMatrix, BackendError> {
+            self.cpu.bring(matrix)
+        }
+
+        fn receive(&self, staged: &CpuMatrix) -> Result<CpuMatrix, BackendError> {
+            self.cpu.receive(staged)
+        }
+
+        fn download(&self, matrix: &CpuMatrix) -> Result<Vec<f32>, BackendError> {
+            self.cpu.download(matrix)
+        }
+
+        fn zeros(&self, rows: usize, cols: usize) -> Result<CpuMatrix, BackendError> {
+            self.cpu.zeros(rows, cols)
+        }
+
+        fn duplicate(&self, matrix: &CpuMatrix) -> Result<CpuMatrix, BackendError> {
+            self.cpu.duplicate(matrix)
+        }
+
+        fn shape(&self, matrix: &CpuMatrix) -> (usize, usize) {
+            self.cpu.shape(matrix)
+        }
+
+        fn bytes(matrix: &CpuMatrix) -> u64 {
+            Cpu::bytes(matrix)
+        }
+
+        fn offload(&self, matrix: CpuMatrix) -> Result<HostMatrix, BackendError> {
+            self.cpu.offload(matrix)
+        }
+
+        fn leave(&self, matrix: CpuMatrix) -> Result<Fetch<HostMatrix>, BackendError> {
+            let now = self.leaving.fetch_add(1, Ordering::Relaxed) + 1;
+            self.most.fetch_max(now, Ordering::Relaxed);
+            let (left, leaving) = (self.offload(matrix)?, self.leaving.clone());
+            Ok(Fetch::new(move || {
+                leaving.fetch_sub(1, Ordering::Relaxed);
+                Ok(left)
+            }))
+        }
+
+        fn onload(&self, matrix: HostMatrix) -> Result<CpuMatrix, BackendError> {
+            self.cpu.onload(matrix)
+        }
+
+        fn measure_gemm_ceiling(&self) -> Result<f64, BackendError> {
+            self.cpu.measure_gemm_ceiling()
+        }
+    }
+
+    #[test]
+    fn one_batch_leaves_the_device_at_a_time_and_the_next_comes() {
+        const BATCHES: usize = 5;
+        let b = &Device {
+            cpu: Cpu::new(Precision::F32, Some(1)).unwrap(),
+            leaving: Arc::default(),
+            most: AtomicUsize::new(0),
+        };
+        let residual = |index: usize| HostMatrix {
+            rows: 3,
+            cols: 2,
+            data: HostData::F32(vec![index as f32; 6]),
+        };
+        let lens = vec![SequenceLens::new(vec![3]); BATCHES];
+        let mut store = HiddenStates::in_memory(lens, Some(0));
+        let kept = |index| Kept {
+            residual: Parked::Device(b.onload(residual(index)).unwrap()),
+            input: None,
+        };
+        for index in 0..BATCHES {
+            store.put(b, index, kept(index)).unwrap();
+        }
+        assert_eq!(b.most.load(Ordering::Relaxed), 2);
+        for pass in 0..3 {
+            for index in 0..BATCHES {
+                let Kept { residual: found, .. } = store.take(index).unwrap();
+                let came = matches!(found, Parked::Coming { .. });
+                assert_eq!(came, pass < 2 && index > 0, "{pass} {index}");
+                // Coming or not, both ways give the same.
+                assert_eq!(b.offload(found.copy(b).unwrap()).unwrap(), residual(index));
+                assert_eq!(found.offload(b).unwrap(), residual(index));
+                if pass < 2 {
+                    store.carry(b, &[index + 1]).unwrap();
+                    assert_eq!(b.leaving.load(Ordering::Relaxed), 0);
+                }
+                store.put(b, index, kept(index)).unwrap();
+            }
+        }
+        assert_eq!(b.most.load(Ordering::Relaxed), 2);
     }
 
     #[test]

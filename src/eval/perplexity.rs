@@ -72,7 +72,7 @@ impl BackendJob for PerplexityJob<'_> {
         let blocks = config.num_hidden_layers;
         let mut ahead = None;
         for block in 0..blocks {
-            source.prefetch(block + 1);
+            source.prefetch(block + 1 + usize::from(reads_ahead));
             let loaded = match ahead.take() {
                 Some(loaded) => loaded,
                 None => LoadedBlock::load(b, source, block)?,
@@ -86,9 +86,9 @@ impl BackendJob for PerplexityJob<'_> {
                     let observe = |_, _: &B::Matrix| Ok(());
                     let residual =
                         running.forward::<PipelineError>(b, &geometry, residual, &lens, observe)?;
+                    hidden.carry(b, &[index + 1])?;
                     let residual = Parked::Device(residual);
                     hidden.put(b, index, Kept { residual, input: None })?;
-                    hidden.carry(b, &[index + 1])?;
                     self.progress.advance(1);
                 }
                 Ok(())

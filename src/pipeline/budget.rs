@@ -1,7 +1,7 @@
 //! How much memory and arithmetic a conversion takes, from the plan alone.
 
 use serde::Serialize;
-use sparsepack_formats::Encoding;
+use sparsepack_formats::{DType, Encoding};
 
 use super::{
     plan::{BlockPlan, LayerPlan, OutputTensor},
@@ -11,7 +11,7 @@ use crate::{
     backend::SequenceLens,
     calibration::StatKind,
     model::{Architecture, CapturePoint, ModelConfig, ModelSource, ModelTensor, TensorKind},
-    recipe::CalibrationRecipe,
+    recipe::{CalibrationRecipe, Sequential},
 };
 
 /// Tokens of one batch: short sequences are stacked up to about this many, so that products are
@@ -36,7 +36,7 @@ pub struct MemoryBudget {
     /// Weights of one block, stored and laid out; none where blocks are only copied, which takes a
     /// few rows at a time.
     pub block_bytes: u64,
-    /// The largest Hessian with its f64 factorisation.
+    /// The Hessians that stand at a time, and the factorisation of the largest in f64.
     pub statistics_bytes: u64,
     /// Activations of the batches being worked on.
     pub batch_bytes: u64,
@@ -56,6 +56,7 @@ impl MemoryBudget {
         source: &ModelSource,
         blocks: &[BlockPlan],
         outputs: &[OutputTensor],
+        sequential: Sequential,
         calibration: &CalibrationRecipe,
     ) -> Self {
         let config = source.config();
@@ -72,14 +73,19 @@ impl MemoryBudget {
         // Decoded weights, the layout for products, and one layer's copy for its error.
         let block_bytes = if loaded { block_weights * 4 * 5 / 2 } else { 0 };
 
-        let features = CapturePoint::ALL
+        let hessians: Vec<u64> = CapturePoint::ALL
             .into_iter()
             .filter(|&point| blocks.iter().any(|block| block.needs_at(point) == StatKind::Hessian))
-            .map(|point| config.capture_width(point) as u64)
-            .max()
-            .unwrap_or(0);
-        // f32 Hessian and factor, two f64 matrices while factorising.
-        let statistics_bytes = features * features * (4 + 4 + 8 + 8);
+            .map(|point| (config.capture_width(point) as u64).pow(2))
+            .collect();
+        let largest = hessians.iter().copied().max().unwrap_or(0);
+        // Values of the Hessians that stand at a time.
+        let standing = match sequential {
+            Sequential::True => largest,
+            Sequential::Block => hessians.iter().sum(),
+        };
+        // f32 Hessians and a factor, two f64 matrices while factorising.
+        let statistics_bytes = standing * 4 + largest * (4 + 8 + 8);
 
         let batch = BATCH_TOKENS.max(calibration.seq_len) as u64;
         let widest_output = (config.q_features() + 2 * config.kv_features())
@@ -91,17 +97,17 @@ impl MemoryBudget {
         let stage = CapturePoint::ALL.map(|point| stage_weights(source.arch(), config, point));
         let stage = if loaded { stage.into_iter().max().unwrap_or(0) } else { 0 };
         // The block as the source has it and in the layout for products, the next one as the source has it,
-        // results on their way out, and the layers of a point as they are solved.
+        // results on their way out, and the layers of a point as they are solved, with their codes.
         let (device_weights, behind_bytes) = if loaded {
             let behind = behind_bytes(outputs, blocks.len());
-            (2 * staged_bytes(source, blocks.len()) + 4 * (block_weights + stage) + behind, behind)
+            let staged = staged_bytes(source, blocks.len());
+            (2 * staged + 4 * block_weights + (4 + 2) * stage + behind, behind)
         } else {
             (0, 0)
         };
-        // f32 Hessian and factor, and first one f64 matrix while factorising, then one layer's copies: dense,
+        // f32 Hessians and a factor, and first one f64 matrix while factorising, then one layer's copies: dense,
         // pruned, rounded, and two for its error.
-        let hessian = features * features;
-        let solving = hessian * (4 + 4) + (hessian * 8).max(4 * 5 * layer);
+        let solving = standing * 4 + largest * 4 + (largest * 8).max(4 * 5 * layer);
         // A batch is worked on while another leaves and the next one comes, which is less than this.
         let device_bytes = device_weights + solving + batch_bytes + LIBRARY_BYTES;
         let parts = [hidden_bytes, block_bytes, statistics_bytes, batch_bytes, behind_bytes];
@@ -167,7 +173,9 @@ fn staged_bytes(source: &ModelSource, blocks: usize) -> u64 {
         source.block_tensors(index).filter(|it| matches!(it.kind, TensorKind::Linear { .. }))
     };
     let bytes = |tensor: &ModelTensor| match tensor.encoding {
-        Encoding::Dense { .. } => tensor.stored_bytes,
+        Encoding::Dense { dtype: DType::F16 | DType::Bf16 } if tensor.permuted_heads.is_none() => {
+            tensor.stored_bytes
+        }
         _ => 4 * tensor.shape.iter().map(|&n| n as u64).product::<u64>(),
     };
     (0..blocks).map(|index| linears(index).map(bytes).sum()).max().unwrap_or(0)

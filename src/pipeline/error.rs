@@ -31,6 +31,14 @@ pub enum PipelineError {
     /// Device failure.
     #[error(transparent)]
     Backend(#[from] BackendError),
+    /// The device failed while a result was brought from it.
+    #[error("{name} cannot be brought from the device: {source}")]
+    Fetch {
+        /// The tensor.
+        name: String,
+        /// Device failure.
+        source: BackendError,
+    },
     /// Activations could not be kept.
     #[error(transparent)]
     Hidden(#[from] HiddenError),

@@ -27,8 +27,8 @@ pub enum LoadedWeight<B: Backend> {
     Source(B::Staged),
     /// As it will be stored (f32).
     Solved(B::Matrix),
-    /// Nowhere but in the layout for products.
-    Installed,
+    /// Nowhere but in the layout for products, or yet to be solved for.
+    Elsewhere,
 }
 
 /// One linear.
@@ -108,6 +108,7 @@ impl<B: Backend> LoadedBlock<B> {
             .at(point)
             .map(|linear| linear.take(b))
             .collect::<std::result::Result<Vec<_>, _>>()?;
+        self.block.linears[point as usize] = None;
         let weight = b.prepare(&weights.iter().collect::<Vec<_>>())?;
         drop(weights);
         let members: Vec<&LoadedLinear<B>> =
@@ -146,7 +147,7 @@ impl<B: Backend> LoadedLinear<B> {
         match &self.weight {
             LoadedWeight::Source(staged) => b.receive(staged),
             LoadedWeight::Solved(weight) => b.duplicate(weight),
-            LoadedWeight::Installed => Err(self.gone()),
+            LoadedWeight::Elsewhere => Err(self.gone()),
         }
     }
 
@@ -157,7 +158,7 @@ impl<B: Backend> LoadedLinear<B> {
     pub(super) fn take(&mut self, b: &B) -> std::result::Result<B::Matrix, BackendError> {
         match &self.weight {
             LoadedWeight::Source(staged) => b.receive(staged),
-            _ => match mem::replace(&mut self.weight, LoadedWeight::Installed) {
+            _ => match mem::replace(&mut self.weight, LoadedWeight::Elsewhere) {
                 LoadedWeight::Solved(weight) => Ok(weight),
                 _ => Err(self.gone()),
             },
@@ -165,7 +166,7 @@ impl<B: Backend> LoadedLinear<B> {
     }
 
     fn gone(&self) -> BackendError {
-        let detail = format!("{} was stacked before", self.tensor);
+        let detail = format!("{} is elsewhere", self.tensor);
         BackendError::Shape { operation: "install", detail }
     }
 }

@@ -162,7 +162,12 @@ fn write_behind(
         match job {
             Job::Write { name, component, bytes } => writer.write(&name, component, &bytes)?,
             Job::Pack { name, bytes, packing } => {
-                let parts = packing()?;
+                let parts = packing().map_err(|error| match error {
+                    PipelineError::Backend(source) => {
+                        PipelineError::Fetch { name: name.clone(), source }
+                    }
+                    other => other,
+                })?;
                 room.give_back(bytes);
                 for (component, part) in parts.into_iter().enumerate() {
                     writer.write(&name, component, &part)?;

@@ -279,18 +279,19 @@ impl ConversionPlan {
         let shard_starts = plan_shards(&outputs, recipe.output.shard_size.unwrap_or(default));
         let output_bytes = archive::output_bytes(&outputs, format)?;
         let source_bytes = source.tensors().iter().map(|tensor| tensor.stored_bytes).sum();
+        let sequential = recipe.solver.sequential.unwrap_or_default();
         let mut resolved = recipe.clone();
         resolved.output.format = Some(format);
         resolved.output.level = level;
         resolved.solver = resolved_solver(&recipe.solver, needs);
         let mut plan = Self {
-            budget: MemoryBudget::new(source, &blocks, &outputs, &recipe.calibration),
+            budget: MemoryBudget::new(source, &blocks, &outputs, sequential, &recipe.calibration),
             flops: super::budget::conversion_flops(source, &blocks, &recipe.calibration),
             recipe: resolved,
             slice: None,
             slicing: None,
             format,
-            sequential: recipe.solver.sequential.unwrap_or_default(),
+            sequential,
             solver,
             blocks,
             tables,

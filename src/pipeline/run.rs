@@ -90,7 +90,7 @@ impl BackendJob for Conversion<'_> {
         let mut ahead = None;
         for block in &self.plan.blocks[first_block..] {
             let began = Instant::now();
-            self.source.prefetch(block.index + 1);
+            self.source.prefetch(block.index + 1 + usize::from(reads_ahead));
             let reports = if self.plan.copies_block(block.index) {
                 run.copy_block(block.index, |_| true)?;
                 Vec::new()

@@ -109,8 +109,8 @@ impl LayerBench {
     pub fn host_bytes(&self, on_host: bool) -> u64 {
         let [rows, cols] = [self.rows as u64, self.cols as u64];
         let weights = rows * cols;
-        // As made, rounded to bf16, and its packed parts.
-        let copies = weights * (4 + 2 + 2);
+        // Rounded to bf16, and when it comes back, packed; at first as made, in f32.
+        let copies = weights * (2 + 2 + 2);
         let batch = (BATCH_TOKENS.min(self.tokens)) as u64 * cols * 4;
         if !on_host {
             return copies + batch;
@@ -189,8 +189,10 @@ impl BackendJob for LayerBench {
         let output = self.output()?;
         let ceiling = b.measure_gemm_ceiling()?;
         let products = products(b)?;
-        let mut weight = inputs::weight(self.rows, self.cols);
-        let weight = round_to_stored(NAME, DType::Bf16, &mut weight)?;
+        let weight = {
+            let mut made = inputs::weight(self.rows, self.cols);
+            round_to_stored(NAME, DType::Bf16, &mut made)?
+        };
         let batches = Batches::new(b, self.tokens, self.cols)?;
         self.round(b, &weight, &batches, &output)?;
         let rounds = (0..self.repeat)

@@ -39,7 +39,7 @@ fn memory_grows_with_what_runs_on_the_host() {
     let widest = bench(12288, 49152, 2048, "50%");
     let (host, device) = (widest.host_bytes(true), widest.host_bytes(false));
     assert!(host - device > 24 * 49152 * 49152, "{host} {device}");
-    assert!(device > 8 * 12288 * 49152, "{device}");
+    assert!(device > 6 * 12288 * 49152, "{device}");
     assert!(bench(1 << 20, 1 << 20, 1 << 30, "50%").host_bytes(true) > 40 << 40);
 }
 

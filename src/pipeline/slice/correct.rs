@@ -157,7 +157,7 @@ impl<'a, B: Backend> Pair<'a, B> {
                 capture,
                 tensor,
                 // Written when it is solved for.
-                weight: LoadedWeight::Installed,
+                weight: LoadedWeight::Elsewhere,
                 rounding: None,
                 bias,
                 rows,

@@ -1,7 +1,11 @@
 //! Device memory, and copies that stay on the device.
 
+use std::sync::Arc;
+
 use bytemuck::Pod;
-use cudarc::driver::{CudaSlice, DeviceRepr, DriverError, ValidAsZeroBits, sys::CUresult};
+use cudarc::driver::{
+    CudaSlice, CudaStream, DeviceRepr, DriverError, ValidAsZeroBits, sys::CUresult,
+};
 
 use super::{Gpu, failure, trim};
 use crate::backend::{BackendError, Result};
@@ -23,8 +27,18 @@ impl Gpu {
         len: usize,
         operation: &'static str,
     ) -> Result<Memory<T>> {
+        self.allocate_on(&self.stream, len, operation)
+    }
+
+    /// The same in the order of another stream.
+    pub(super) fn allocate_on<T: Bytes>(
+        &self,
+        stream: &Arc<CudaStream>,
+        len: usize,
+        operation: &'static str,
+    ) -> Result<Memory<T>> {
         // SAFETY: `T` has no invalid bits, and kernels write before they read.
-        let attempt = || unsafe { self.stream.alloc::<T>(len.max(1)) };
+        let attempt = || unsafe { stream.alloc::<T>(len.max(1)) };
         let out_of_memory = |error: &DriverError| error.0 == CUresult::CUDA_ERROR_OUT_OF_MEMORY;
         match attempt() {
             Err(error) if out_of_memory(&error) => {

@@ -5,9 +5,9 @@
 //! it. Here it is cut into pieces; while one is on the link, the next is moved to or from a pinned
 //! buffer, by as many threads as the caller's pool has.
 //!
-//! All device memory belongs to the stream of the arithmetic: it is allocated and freed in that order.
-//! Invariant: a copy on another stream waits for an event behind the allocation or the kernel that it
-//! needs, and the arithmetic, which includes freeing, waits for an event behind the copy.
+//! All device memory is used and freed in the order of the arithmetic's stream. Only what is sent is
+//! allocated in the order of the copies up. Invariant: a copy down waits for an event behind the kernel that
+//! it needs, and the arithmetic, which includes freeing, waits for an event behind a copy up.
 
 use std::{
     collections::VecDeque,
@@ -16,7 +16,8 @@ use std::{
 
 use cudarc::driver::{
     CudaContext, CudaEvent, CudaStream, DevicePtr, DevicePtrMut, DriverError, PinnedHostSlice,
-    result, sys::CUdeviceptr,
+    result,
+    sys::{CUdeviceptr, CUevent_flags},
 };
 use rayon::prelude::*;
 
@@ -25,8 +26,8 @@ use crate::backend::{Fetch, Result};
 
 /// Bytes of a piece.
 const PIECE: usize = 8 << 20;
-/// Pieces at a time, of all threads together. A thread holds two at most, and few copy at a time: the one
-/// that computes, the one that reads ahead, the one that writes behind.
+/// Pieces at a time, of all threads together: the one that computes, the one that reads ahead, the one that
+/// writes behind.
 const PIECES: usize = 8;
 /// Copies of fewer bytes are left to the driver.
 const LEAST: usize = 256 << 10;
@@ -60,7 +61,7 @@ pub(super) struct Transfers {
     up: Arc<CudaStream>,
     down: Arc<CudaStream>,
     buffers: Mutex<Buffers>,
-    returned: Condvar,
+    given_back: Condvar,
 }
 
 /// Values on their way to the device.
@@ -77,6 +78,19 @@ impl<T> Drop for Arriving<T> {
     }
 }
 
+/// Memory that any thread may drop.
+struct Held<T> {
+    memory: Memory<T>,
+    context: Arc<CudaContext>,
+}
+
+impl<T> Drop for Held<T> {
+    fn drop(&mut self) {
+        // cudarc frees on the thread as it is.
+        let _ = self.context.bind_to_thread();
+    }
+}
+
 impl Transfers {
     pub(super) fn new(context: &Arc<CudaContext>) -> std::result::Result<Self, DriverError> {
         Ok(Self {
@@ -84,7 +98,7 @@ impl Transfers {
             up: context.new_stream()?,
             down: context.new_stream()?,
             buffers: Mutex::default(),
-            returned: Condvar::new(),
+            given_back: Condvar::new(),
         })
     }
 
@@ -97,16 +111,15 @@ impl Transfers {
     ) -> std::result::Result<(), DriverError> {
         self.context.bind_to_thread()?;
         for (piece, bytes) in bytes.chunks(PIECE).enumerate() {
-            let mut pinned = self.take()?;
-            let staged = &mut pinned.memory.as_mut_slice()?[..bytes.len()];
+            let mut lent = self.take()?;
+            let staged = lent.bytes(bytes.len())?;
             move_bytes(bytes, staged);
             // SAFETY: the caller gives device memory of `bytes.len()` bytes at `to`; the pinned bytes are
             // neither written nor freed before `copied`.
             unsafe {
                 result::memcpy_htod_async(to + (piece * PIECE) as u64, staged, stream.cu_stream())?;
             }
-            pinned.copied.record(stream)?;
-            self.put(pinned);
+            lent.give_back(stream)?;
         }
         Ok(())
     }
@@ -119,10 +132,18 @@ impl Transfers {
         bytes: &mut [u8],
     ) -> std::result::Result<(), DriverError> {
         self.context.bind_to_thread()?;
-        let mut under_way: Option<(Pinned, &mut [u8])> = None;
+        let mut under_way: Option<(Lent<'_>, &mut [u8])> = None;
         for (piece, bytes) in bytes.chunks_mut(PIECE).enumerate() {
-            let mut pinned = self.take()?;
-            let staged = &mut pinned.memory.as_mut_slice()?[..bytes.len()];
+            let mut lent = if let Some(lent) = self.take_idle()? {
+                lent
+            } else {
+                // Who holds a buffer does not wait for another.
+                if let Some((lent, bytes)) = under_way.take() {
+                    lent.unload(bytes)?;
+                }
+                self.take()?
+            };
+            let staged = lent.bytes(bytes.len())?;
             // SAFETY: the caller gives device memory of `bytes.len()` bytes at `from`; the pinned bytes are
             // neither read nor freed before `copied`.
             unsafe {
@@ -132,57 +153,110 @@ impl Transfers {
                     stream.cu_stream(),
                 )?;
             }
-            pinned.copied.record(stream)?;
-            if let Some((pinned, bytes)) = under_way.replace((pinned, bytes)) {
-                self.unload(pinned, bytes)?;
+            lent.record(stream)?;
+            if let Some((lent, bytes)) = under_way.replace((lent, bytes)) {
+                lent.unload(bytes)?;
             }
         }
-        under_way.map_or(Ok(()), |(pinned, bytes)| self.unload(pinned, bytes))
-    }
-
-    /// Waits for a piece and moves it to where it belongs.
-    fn unload(&self, pinned: Pinned, bytes: &mut [u8]) -> std::result::Result<(), DriverError> {
-        pinned.copied.synchronize()?;
-        move_bytes(&pinned.memory.as_slice()?[..bytes.len()], bytes);
-        self.put(pinned);
-        Ok(())
+        under_way.map_or(Ok(()), |(lent, bytes)| lent.unload(bytes))
     }
 
     /// A buffer whose last copy is done.
-    fn take(&self) -> std::result::Result<Pinned, DriverError> {
-        let mut buffers = self.lock();
+    fn take(&self) -> std::result::Result<Lent<'_>, DriverError> {
         loop {
-            let ready = buffers.idle.front().map(|pinned| pinned.copied.is_complete());
-            if buffers.made < PIECES && ready != Some(true) {
-                buffers.made += 1;
-                drop(buffers);
-                return self.make();
+            if let Some(lent) = self.take_idle()? {
+                return Ok(lent);
             }
-            if let Some(pinned) = buffers.idle.pop_front() {
-                drop(buffers);
-                pinned.copied.synchronize()?;
-                return Ok(pinned);
-            }
-            buffers = self.returned.wait(buffers).unwrap_or_else(PoisonError::into_inner);
+            let full = |buffers: &mut Buffers| buffers.idle.is_empty() && buffers.made >= PIECES;
+            drop(self.given_back.wait_while(self.lock(), full));
         }
     }
 
+    /// As [`take`](Self::take), but none if other threads hold them all.
+    fn take_idle(&self) -> std::result::Result<Option<Lent<'_>>, DriverError> {
+        let mut buffers = self.lock();
+        let ready = buffers.idle.front().is_some_and(|pinned| pinned.copied.is_complete());
+        let mut lent = Lent { transfers: self, pinned: None };
+        if buffers.made < PIECES && !ready {
+            buffers.made += 1;
+            drop(buffers);
+            lent.pinned = Some(self.make()?);
+            return Ok(Some(lent));
+        }
+        lent.pinned = buffers.idle.pop_front();
+        drop(buffers);
+        let Some(pinned) = &lent.pinned else {
+            // Nothing was lent.
+            std::mem::forget(lent);
+            return Ok(None);
+        };
+        pinned.copied.synchronize()?;
+        Ok(Some(lent))
+    }
+
     fn make(&self) -> std::result::Result<Pinned, DriverError> {
+        // Threads that wait long for a copy sleep.
+        let copied = self.context.new_event(Some(CUevent_flags::CU_EVENT_BLOCKING_SYNC))?;
         // SAFETY: the bytes are set below, before anything reads them. No flags: ordinary cached memory,
         // which the host reads as well.
         let mut memory = unsafe { self.context.alloc_pinned_with_flags::<u8>(PIECE, 0)? };
         // SAFETY: the allocation has `PIECE` bytes, and nothing refers to them yet.
         unsafe { memory.as_mut_ptr()?.write_bytes(0, PIECE) };
-        Ok(Pinned { memory, copied: self.context.new_event(None)? })
-    }
-
-    fn put(&self, pinned: Pinned) {
-        self.lock().idle.push_back(pinned);
-        self.returned.notify_one();
+        Ok(Pinned { memory, copied })
     }
 
     fn lock(&self) -> MutexGuard<'_, Buffers> {
         self.buffers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A buffer that a thread holds. One that is not given back, because of an error, makes room for another.
+struct Lent<'a> {
+    transfers: &'a Transfers,
+    pinned: Option<Pinned>,
+}
+
+impl Lent<'_> {
+    /// The first bytes of the buffer.
+    fn bytes(&mut self, len: usize) -> std::result::Result<&mut [u8], DriverError> {
+        match &mut self.pinned {
+            Some(pinned) => Ok(&mut pinned.memory.as_mut_slice()?[..len]),
+            None => Ok(&mut []),
+        }
+    }
+
+    /// A copy was begun on `stream`.
+    fn record(&self, stream: &CudaStream) -> std::result::Result<(), DriverError> {
+        self.pinned.as_ref().map_or(Ok(()), |pinned| pinned.copied.record(stream))
+    }
+
+    /// Gives the buffer back while a copy on `stream` may be under way.
+    fn give_back(mut self, stream: &CudaStream) -> std::result::Result<(), DriverError> {
+        self.record(stream)?;
+        self.transfers.lock().idle.extend(self.pinned.take());
+        self.transfers.given_back.notify_one();
+        std::mem::forget(self);
+        Ok(())
+    }
+
+    /// Waits for the copy, moves its bytes to where they belong, and gives the buffer back.
+    fn unload(mut self, bytes: &mut [u8]) -> std::result::Result<(), DriverError> {
+        if let Some(pinned) = &self.pinned {
+            pinned.copied.synchronize()?;
+            move_bytes(&pinned.memory.as_slice()?[..bytes.len()], bytes);
+        }
+        self.transfers.lock().idle.extend(self.pinned.take());
+        self.transfers.given_back.notify_one();
+        std::mem::forget(self);
+        Ok(())
+    }
+}
+
+impl Drop for Lent<'_> {
+    fn drop(&mut self) {
+        drop(self.pinned.take());
+        self.transfers.lock().made -= 1;
+        self.transfers.given_back.notify_one();
     }
 }
 
@@ -247,26 +321,20 @@ impl Gpu {
         bytes: &[u8],
         operation: &'static str,
     ) -> Result<Arriving<T>> {
-        let memory = self.allocate::<T>(bytes.len() / size_of::<T>(), operation)?;
-        let copied = self.context.new_event(None).map_err(self.failed(operation))?;
-        let mut arriving = Arriving { memory, copied };
-        self.send_to(&mut arriving, bytes).map_err(self.failed(operation))?;
-        Ok(arriving)
-    }
-
-    fn send_to<T>(
-        &self,
-        Arriving { memory, copied }: &mut Arriving<T>,
-        bytes: &[u8],
-    ) -> std::result::Result<(), DriverError> {
         let up = &self.transfers.up;
-        // What the memory was before may still be in use.
-        let allocated = self.stream.record_event(None)?;
-        up.wait(&allocated)?;
-        let (to, _) = memory.device_ptr_mut(&self.stream);
+        let copied = self.context.new_event(None).map_err(self.failed(operation))?;
+        // Allocated in the order of the copies, or they would wait for the arithmetic begun before.
+        let mut memory = self.allocate_on::<T>(up, bytes.len() / size_of::<T>(), operation)?;
+        let (to, _) = memory.device_ptr_mut(up);
         let sent = self.transfers.copy_in(up, bytes, to);
-        copied.record(up)?;
-        sent
+        let recorded = copied.record(up);
+        let len = memory.len();
+        // SAFETY: the allocation of so many values, which is given up here. From now on it is used and freed
+        // in the order of the arithmetic, behind `copied`.
+        let memory = unsafe { self.stream.upgrade_device_ptr(memory.leak(), len) };
+        let arriving = Arriving { memory, copied };
+        sent.and(recorded).map_err(self.failed(operation))?;
+        Ok(arriving)
     }
 
     /// Values that were sent, for the arithmetic to read; it waits for them.
@@ -289,10 +357,11 @@ impl Gpu {
     ) -> Result<Fetch<Vec<H>>> {
         let written = self.stream.record_event(None).map_err(self.failed(operation))?;
         let (transfers, device) = (self.transfers.clone(), self.describe());
+        let held = Held { memory, context: self.context.clone() };
         Ok(Fetch::new(move || {
             let mut values = vec![H::default(); len * size_of::<T>() / size_of::<H>()];
             let bytes = bytemuck::cast_slice_mut(&mut values);
-            let (from, _) = memory.device_ptr(memory.stream());
+            let (from, _) = held.memory.device_ptr(held.memory.stream());
             let waited = transfers.down.wait(&written);
             let fetched = waited.and_then(|()| transfers.copy_out(&transfers.down, from, bytes));
             fetched.map_err(|error| failure(device, operation, &error))?;
