@@ -2,8 +2,8 @@
 //! backend.
 //!
 //! One stream does everything but copies beside the arithmetic (`transfers.rs`), in the order of the calls,
-//! so memory that is freed is not taken again before what still reads it is done. Matrices are row-major here as everywhere; cuBLAS and cuSOLVER,
-//! which are column-major, see their transposes.
+//! so memory that is freed is not taken again before what still reads it is done. Matrices are row-major
+//! here as everywhere; cuBLAS and cuSOLVER, which are column-major, see their transposes.
 
 mod blas;
 mod cache;
