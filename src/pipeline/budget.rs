@@ -40,7 +40,7 @@ pub struct MemoryBudget {
     pub statistics_bytes: u64,
     /// Activations of the batches being worked on.
     pub batch_bytes: u64,
-    /// Results that wait for the writer: those of one block.
+    /// Results that wait for the writer: at most those of one block, and on the CPU those of one layer.
     pub behind_bytes: u64,
     /// All of it, and what no formula counts.
     pub peak_bytes: u64,

@@ -161,12 +161,14 @@ impl<'a, B: Backend> Run<'a, B> {
             let journal = Journal::create(job.out, &identity, interval)?;
             (journal, Finished::default(), open_writer(false)?)
         };
+        // Where results have to come from a device, a block's may wait; else there is nothing to wait for.
+        let behind = b.free_memory()?.map_or(0, |_| plan.budget.behind_bytes);
         let mut run = Self {
             b,
             job,
             geometry,
             hidden: None,
-            packer: Packer::start(writer, plan.budget.behind_bytes),
+            packer: Packer::start(writer, behind),
             journal,
             digests: finished.tensors.clone(),
             unrecorded: Vec::new(),
