@@ -13,7 +13,7 @@ use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 
 use crate::harness::{
     Command, Dir, KERNEL_CACHE, Ran, Tensor, assert_resumes, assert_same_files, checkpoints,
-    convert, files, fixture, kill_when, noise, root, write_tensors,
+    convert, files, fixture, kill_when, noise, root, write_llama_config, write_tensors,
 };
 
 const TEXT: [&str; 2] = ["--calibration", "fixtures/text/calibration.txt"];
@@ -410,25 +410,18 @@ fn write_model(dir: &Path, head_dim: usize) {
         Tensor::f32(name, shape, &noise(seed, shape.iter().product()))
     });
     write_tensors(dir, &tensors.collect::<Vec<_>>());
-    let config = serde_json::json!({
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": MLP,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-        "num_key_value_heads": 1,
-        "head_dim": head_dim,
-        "vocab_size": VOCAB,
-        "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": true,
-        "torch_dtype": "float32",
-    });
-    std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
-    std::fs::copy(fixture("model/tokenizer.json"), dir.join("tokenizer.json")).unwrap();
+    write_llama_config(
+        dir,
+        serde_json::json!({
+            "hidden_size": HIDDEN,
+            "intermediate_size": MLP,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "num_key_value_heads": 1,
+            "head_dim": head_dim,
+            "vocab_size": VOCAB,
+        }),
+    );
 }
 
 #[test]

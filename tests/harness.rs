@@ -348,3 +348,21 @@ pub(crate) fn noise(seed: u64, count: usize) -> Vec<f32> {
     };
     (0..count).map(|_| next()).collect()
 }
+
+/// Puts `config.json` of a Llama of these `sizes`, and the fixture model's tokenizer, beside its tensors.
+pub(crate) fn write_llama_config(dir: &Path, sizes: Value) {
+    let mut config = serde_json::json!({
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": true,
+        "torch_dtype": "float32",
+    });
+    let Value::Object(sizes) = sizes else { panic!("sizes are an object") };
+    config.as_object_mut().unwrap().extend(sizes);
+    fs::write(dir.join("config.json"), config.to_string()).unwrap();
+    fs::copy(fixture("model/tokenizer.json"), dir.join("tokenizer.json")).unwrap();
+}

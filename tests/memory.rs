@@ -5,7 +5,7 @@ use std::{fs, path::Path};
 
 use sparsepack_formats::{DType, Encoding, SafetensorsWriter, ShardLayout};
 
-use crate::harness::{Command, Dir, Tensor, convert, fixture, noise, write_tensors};
+use crate::harness::{Command, Dir, Tensor, convert, noise, write_llama_config, write_tensors};
 
 const HIDDEN: usize = 512;
 const MLP: usize = 1536;
@@ -43,24 +43,17 @@ fn write_model(dir: &Path, blocks: usize) {
     }
     add("model.norm.weight".to_owned(), &[HIDDEN]);
     write_tensors(dir, &tensors);
-    let config = serde_json::json!({
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": MLP,
-        "num_hidden_layers": blocks,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS,
-        "vocab_size": VOCAB,
-        "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": true,
-        "torch_dtype": "float32",
-    });
-    fs::write(dir.join("config.json"), config.to_string()).unwrap();
-    fs::copy(fixture("model/tokenizer.json"), dir.join("tokenizer.json")).unwrap();
+    write_llama_config(
+        dir,
+        serde_json::json!({
+            "hidden_size": HIDDEN,
+            "intermediate_size": MLP,
+            "num_hidden_layers": blocks,
+            "num_attention_heads": HEADS,
+            "num_key_value_heads": HEADS,
+            "vocab_size": VOCAB,
+        }),
+    );
 }
 
 const ARGS: [&str; 10] = [

@@ -114,3 +114,16 @@ pub enum BackendError {
 pub(super) fn shape_error(operation: &'static str, detail: impl Into<String>) -> BackendError {
     BackendError::Shape { operation, detail: detail.into() }
 }
+
+/// Refuses a matrix of another shape: `(rows, columns)` each.
+pub(super) fn expect_shape(
+    operation: &'static str,
+    found: (usize, usize),
+    expected: (usize, usize),
+) -> Result<()> {
+    if found == expected {
+        return Ok(());
+    }
+    let ((got_rows, got_cols), (rows, cols)) = (found, expected);
+    Err(shape_error(operation, format!("[{got_rows}, {got_cols}] instead of [{rows}, {cols}]")))
+}

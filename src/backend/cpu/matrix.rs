@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::{Cpu, CpuWeight, Products, buffers, linear, pack, simd};
 pub(super) use crate::backend::error::shape_error;
-use crate::backend::{BackendError, HostData, HostMatrix, Result, Storage, StoredValues};
+use crate::backend::{BackendError, HostData, HostMatrix, Result, Storage, StoredValues, error};
 
 /// Rows of a strip in element-wise operations.
 pub(super) const STRIP: usize = 32;
@@ -91,12 +91,7 @@ impl CpuMatrix {
         rows: usize,
         cols: usize,
     ) -> Result<()> {
-        if (self.rows, self.cols) == (rows, cols) {
-            return Ok(());
-        }
-        let Self { rows: got_rows, cols: got_cols, .. } = self;
-        let detail = format!("[{got_rows}, {got_cols}] instead of [{rows}, {cols}]");
-        Err(BackendError::Shape { operation, detail })
+        error::expect_shape(operation, (self.rows, self.cols), (rows, cols))
     }
 }
 

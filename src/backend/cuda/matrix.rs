@@ -8,7 +8,7 @@ use super::{
     pack,
 };
 pub(super) use crate::backend::error::shape_error;
-use crate::backend::{Fetch, HostData, HostMatrix, Result, Storage, StoredValues};
+use crate::backend::{Fetch, HostData, HostMatrix, Result, Storage, StoredValues, error};
 
 /// Threads of a block of the element-wise kernels.
 pub(super) const THREADS: usize = 256;
@@ -70,11 +70,7 @@ impl CudaMatrix {
         rows: usize,
         cols: usize,
     ) -> Result<()> {
-        if (self.rows, self.cols) == (rows, cols) {
-            return Ok(());
-        }
-        let Self { rows: got_rows, cols: got_cols, .. } = self;
-        Err(shape_error(operation, format!("[{got_rows}, {got_cols}] instead of [{rows}, {cols}]")))
+        error::expect_shape(operation, (self.rows, self.cols), (rows, cols))
     }
 }
 
@@ -254,17 +250,7 @@ impl Storage for Cuda {
     }
 
     fn offload(&self, matrix: CudaMatrix) -> Result<HostMatrix> {
-        const OPERATION: &str = "offload";
-        let (rows, cols) = (matrix.rows, matrix.cols);
-        let data = match &matrix.values {
-            Values::F32(values) => {
-                HostData::F32(self.gpu.download(values, matrix.len(), OPERATION)?)
-            }
-            Values::Bf16(values) => {
-                HostData::Bf16(self.gpu.download(values, matrix.len(), OPERATION)?)
-            }
-        };
-        Ok(HostMatrix { rows, cols, data })
+        self.leave(matrix)?.wait()
     }
 
     fn leave(&self, matrix: CudaMatrix) -> Result<Fetch<HostMatrix>> {
