@@ -9,7 +9,7 @@ use crate::{
     backend::{Backend, BackendJob, HostData, HostMatrix, SequenceLens},
     calibration::{HiddenStates, Kept, Parked},
     model::{BlockGeometry, ModelSource, embed},
-    pipeline::{LoadedBlock, PipelineError, Progress, Result, read_beside},
+    pipeline::{BlockReader, PipelineError, Progress, Result},
 };
 
 /// Rows of logits computed at a time: `tokens × vocabulary` f32 is the largest matrix of an
@@ -57,7 +57,6 @@ impl BackendJob for PerplexityJob<'_> {
         let lens = self.windows.iter().map(|ids| SequenceLens::new(vec![ids.len()])).collect();
         // On a device with memory of its own, blocks, the head and logits take the other half.
         let room = b.free_memory()?.map(|free| free / 2);
-        let reads_ahead = room.is_some();
         let mut hidden = HiddenStates::in_memory(lens, room);
         for (index, ids) in self.windows.iter().enumerate() {
             let residual = HostMatrix {
@@ -70,16 +69,12 @@ impl BackendJob for PerplexityJob<'_> {
         }
         self.progress.start((config.num_hidden_layers as u64 + 1) * self.windows.len() as u64);
         let blocks = config.num_hidden_layers;
-        let mut ahead = None;
+        let mut reader = BlockReader::new(b, source)?;
         for block in 0..blocks {
-            source.prefetch(block + 1 + usize::from(reads_ahead));
-            let loaded = match ahead.take() {
-                Some(loaded) => loaded,
-                None => LoadedBlock::load(b, source, block)?,
-            };
-            let running = loaded.into_runnable(b)?;
-            let next = (reads_ahead && block + 1 < blocks).then_some(block + 1);
-            let (ran, read) = read_beside(b, source, next, || -> Result<()> {
+            reader.prefetch(block);
+            let running = reader.load(block)?.into_runnable(b)?;
+            let next = (block + 1 < blocks).then_some(block + 1);
+            reader.beside(next, || {
                 for index in 0..hidden.batches() {
                     let lens = hidden.lens(index).clone();
                     let residual = hidden.take(index)?.residual.onload(b)?;
@@ -92,9 +87,7 @@ impl BackendJob for PerplexityJob<'_> {
                     self.progress.advance(1);
                 }
                 Ok(())
-            });
-            ran?;
-            ahead = read?;
+            })?;
             source.release(block);
         }
         let nll = self.negative_log_likelihood(b, hidden)?;

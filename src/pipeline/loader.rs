@@ -189,25 +189,66 @@ fn stage<B: Backend>(
     Ok(b.stage(StoredValues { dtype: DType::F32, bytes }, rows, cols)?)
 }
 
-/// Does `work` while block `next`, if any, is read on another thread.
-///
-/// # Errors
-/// As [`LoadedBlock::load`].
-pub fn read_beside<B: Backend, R>(
-    b: &B,
-    source: &ModelSource,
-    next: Option<usize>,
-    work: impl FnOnce() -> R,
-) -> (R, Result<Option<LoadedBlock<B>>>) {
-    std::thread::scope(|scope| {
-        let reading = next.map(|index| scope.spawn(move || LoadedBlock::load(b, source, index)));
-        let done = work();
-        let join = |reading: ScopedJoinHandle<'_, _>| match reading.join() {
-            Ok(read) => read,
-            Err(panic) => resume_unwind(panic),
-        };
-        (done, reading.map(join).transpose())
-    })
+/// Reads blocks one after the other: each while the one before is worked on, where the device has memory of
+/// its own and so leaves the host's free.
+#[derive(Debug)]
+pub struct BlockReader<'a, B: Backend> {
+    b: &'a B,
+    source: &'a ModelSource,
+    reads_ahead: bool,
+    ahead: Option<LoadedBlock<B>>,
+}
+
+impl<'a, B: Backend> BlockReader<'a, B> {
+    /// Nothing is read yet.
+    ///
+    /// # Errors
+    /// Device failure.
+    pub fn new(b: &'a B, source: &'a ModelSource) -> Result<Self> {
+        Ok(Self { b, source, reads_ahead: b.free_memory()?.is_some(), ahead: None })
+    }
+
+    /// Asks the system for what comes after block `index` and what is read beside it.
+    pub fn prefetch(&self, index: usize) {
+        self.source.prefetch(index + 1 + usize::from(self.reads_ahead));
+    }
+
+    /// Block `index`, which is that read beside the last work, if one was.
+    ///
+    /// # Errors
+    /// As [`LoadedBlock::load`].
+    pub fn load(&mut self, index: usize) -> Result<LoadedBlock<B>> {
+        match self.ahead.take() {
+            Some(loaded) => Ok(loaded),
+            None => LoadedBlock::load(self.b, self.source, index),
+        }
+    }
+
+    /// Does `work` while block `next`, if any, is read on another thread, where that is of use.
+    ///
+    /// # Errors
+    /// That of the work, else as [`LoadedBlock::load`].
+    pub fn beside<R>(
+        &mut self,
+        next: Option<usize>,
+        work: impl FnOnce() -> Result<R>,
+    ) -> Result<R> {
+        let (b, source) = (self.b, self.source);
+        let next = next.filter(|_| self.reads_ahead);
+        let (done, read) = std::thread::scope(|scope| {
+            let reading =
+                next.map(|index| scope.spawn(move || LoadedBlock::load(b, source, index)));
+            let done = work();
+            let join = |reading: ScopedJoinHandle<'_, _>| match reading.join() {
+                Ok(read) => read,
+                Err(panic) => resume_unwind(panic),
+            };
+            (done, reading.map(join).transpose())
+        });
+        let done = done?;
+        self.ahead = read?;
+        Ok(done)
+    }
 }
 
 /// The matrices on the shortcuts of a sliced model's block.

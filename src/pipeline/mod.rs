@@ -38,7 +38,7 @@ pub use encodings::Scan;
 pub use error::{PipelineError, Result};
 pub use fit::{Fitted, fit};
 pub use gguf::Fallback;
-pub use loader::{LoadedBlock, load_norm, read_beside};
+pub use loader::{BlockReader, LoadedBlock, load_norm};
 pub use manifest::{MANIFEST, Manifest, TensorRecord, Totals};
 pub use plan::{BlockPlan, ConversionPlan, LayerPlan, OutputTensor, Pruning, TablePlan};
 pub use progress::{

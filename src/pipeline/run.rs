@@ -12,7 +12,7 @@ use super::{
     entry,
     error::Result,
     journal::{Finished, Journal, RunIdentity},
-    loader::{LoadedBlock, LoadedWeight, read_beside},
+    loader::{BlockReader, LoadedBlock, LoadedWeight},
     manifest::CalibrationRecord,
     packer::Packer,
     plan::{BlockPlan, ConversionPlan, OutputTensor, TablePlan},
@@ -85,27 +85,17 @@ impl BackendJob for Conversion<'_> {
 
     fn run<B: Backend>(self, b: &B) -> Result<Outcome> {
         let (mut run, first_block) = Run::start(b, &self)?;
-        // A device with memory of its own leaves the host's free for the next block.
-        let reads_ahead = b.free_memory()?.is_some();
-        let mut ahead = None;
+        let mut reader = BlockReader::new(b, self.source)?;
         for block in &self.plan.blocks[first_block..] {
             let began = Instant::now();
-            self.source.prefetch(block.index + 1 + usize::from(reads_ahead));
+            reader.prefetch(block.index);
             let reports = if self.plan.copies_block(block.index) {
                 run.copy_block(block.index, |_| true)?;
                 Vec::new()
             } else {
-                let load = || LoadedBlock::load(b, self.source, block.index);
-                let mut loaded = match ahead.take() {
-                    Some(loaded) => loaded,
-                    None => run.times.time(Phase::Load, load)?,
-                };
+                let mut loaded = run.times.time(Phase::Load, || reader.load(block.index))?;
                 let next = self.plan.loads_block(block.index + 1).then_some(block.index + 1);
-                let next = next.filter(|_| reads_ahead);
-                let solve = || run.solve(block, &mut loaded);
-                let (reports, read) = read_beside(b, self.source, next, solve);
-                let reports = reports?;
-                ahead = read?;
+                let reports = reader.beside(next, || run.solve(block, &mut loaded))?;
                 run.copy_block(block.index, |output| output.linear.is_none())?;
                 reports
             };
